@@ -1,0 +1,205 @@
+"""Every setting of a run, as keyword-only dataclasses. The text under a field is its --help.
+
+This package imports no torch, so that --help, --print_config and the checks of a recipe are instant.
+Parallel and optimizer settings carry Megatron-Core's names.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+DType = Literal["fp32", "bf16"]
+
+
+@dataclass(kw_only=True)
+class ParallelConfig:
+    """How one model is cut over the ranks; data parallelism takes the ranks that remain."""
+
+    tensor_model_parallel_size: int = 1
+    """Ranks that share every layer's weight matrices and the vocabulary."""
+    pipeline_model_parallel_size: int = 1
+    """Pipeline stages that share the layers."""
+    sequence_parallel: bool = False
+    """Also cut the activations between the tensor-parallel regions along the sequence (needs TP > 1)."""
+
+    @property
+    def model_parallel_size(self) -> int:
+        """Ranks that hold one copy of the model."""
+        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size
+
+
+@dataclass(kw_only=True)
+class StudentConfig:
+    """The model that generates and learns."""
+
+    path: str
+    """Hugging Face folder (config.json, *.safetensors, tokenizer.json) with the student's first weights."""
+    dtype: DType = "bf16"
+    """Type of weights and activations; bf16 keeps fp32 main weights and fp32 gradients in the optimizer."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+
+
+@dataclass(kw_only=True)
+class TeacherConfig:
+    """The frozen model that scores the student's tokens."""
+
+    path: str
+    """Hugging Face folder with the teacher's weights; its tokenizer must be the student's."""
+    dtype: DType = "bf16"
+    """Type of weights and activations of the teacher."""
+    micro_batch_size: int = 4
+    """Sequences per teacher forward on each of the teacher's data-parallel ranks."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+
+
+@dataclass(kw_only=True)
+class RolloutConfig:
+    """How the student generates the responses that it learns from."""
+
+    num_samples_per_prompt: int = 1
+    """Responses drawn for each prompt; must divide global_batch_size."""
+    max_new_tokens: int = 1024
+    """A response that reaches this many tokens without EOS is truncated."""
+    temperature: float = 1.0
+    """Sampling temperature; log-probs are always scored at temperature 1, so others make rollouts off-policy."""
+    top_p: float = 1.0
+    """Keep the smallest set of tokens whose probability reaches this; 1 keeps all."""
+    top_k: int = 0
+    """Keep the k most likely tokens; 0 keeps all."""
+    micro_batch_size: int = 64
+    """Sequences decoded together on each data-parallel rank (bounds the KV cache)."""
+
+
+@dataclass(kw_only=True)
+class ObjectiveConfig:
+    """What the student is rewarded for."""
+
+    kind: Literal["power", "log_ratio"] = "power"
+    """power: p_T^alpha - p_S^alpha (PowerOPD, bounded); log_ratio: log p_T - log p_S (vanilla OPD, unbounded)."""
+    alpha: float = 5.0
+    """Exponent of the power reward; larger ignores tokens that both models find unlikely."""
+    terminal: Literal["raw", "mask", "cross_eos", "im_end"] = "mask"
+    """The final EOS position: raw scores it as is; mask drops it from the loss; cross_eos scores the teacher
+    on its own EOS; im_end trains and scores the teacher's EOS in its place."""
+
+
+@dataclass(kw_only=True)
+class OptimizerConfig:
+    """Megatron's Adam, gradient clipping and learning-rate schedule."""
+
+    lr: float = 5e-7
+    """Peak learning rate."""
+    min_lr: float = 0.0
+    """Learning rate at the end of the decay."""
+    lr_decay_style: Literal["constant", "linear", "cosine"] = "constant"
+    """Shape of the learning rate after warm-up."""
+    lr_warmup_iters: int = 0
+    """Steps over which the learning rate rises linearly from 0."""
+    lr_decay_iters: int | None = None
+    """Step at which min_lr is reached; by default train_steps."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay; norms are never decayed."""
+    adam_beta1: float = 0.9
+    """Adam's first-moment decay."""
+    adam_beta2: float = 0.95
+    """Adam's second-moment decay."""
+    adam_eps: float = 1e-8
+    """Adam's denominator term."""
+    clip_grad: float = 1.0
+    """Largest global gradient norm; 0 turns clipping off."""
+    use_distributed_optimizer: bool = True
+    """Cut the optimizer state over the data-parallel ranks."""
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    """Prompts and how answers are checked."""
+
+    train_files: list[str]
+    """JSONL files, a prompt a line: {"prompt": str or "messages": [...], "answer": str}."""
+    eval_files: list[str] = field(default_factory=list)
+    """JSONL files of held-out prompts with answers; each file is reported under its stem."""
+    max_prompt_length: int = 1024
+    """A prompt with more tokens is refused at the start, with its file and line."""
+    shuffle: bool = True
+    """Draw the prompts of each epoch in a new seeded order."""
+    apply_chat_template: bool = False
+    """Render prompts through the student folder's chat template ("prompt" becomes one user message)."""
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Variables for the chat template, such as {enable_thinking = false}."""
+    prompt_suffix: str = ""
+    """Text added to each prompt (to the last user message where messages are given)."""
+    answer_check: Literal["exact", "math"] = "exact"
+    """exact compares the text after answer_marker; math compares with math-verify (pip install 'poweropd_megatron[math]')."""
+    answer_marker: str = "#"
+    """With answer_check = exact: the answer is what follows the last of these in the response."""
+
+
+@dataclass(kw_only=True)
+class EvalConfig:
+    """Evaluation on data.eval_files before, during and after training."""
+
+    interval: int = 30
+    """Steps between evaluations; 0 evaluates only before and after."""
+    num_samples: int = 8
+    """Responses per prompt for Avg@k and Pass@k; 0 leaves only the greedy answer."""
+    greedy: bool = True
+    """Also answer each prompt greedily (eval/greedy_accuracy)."""
+    temperature: float = 0.6
+    """Sampling temperature of Avg@k and Pass@k."""
+    top_p: float = 1.0
+    """Nucleus of Avg@k and Pass@k."""
+    top_k: int = 0
+    """Top-k of Avg@k and Pass@k; 0 keeps all."""
+    max_new_tokens: int = 4096
+    """Longest response of an evaluation."""
+    max_prompts: int | None = None
+    """Evaluate only the first this many prompts of each file."""
+
+
+@dataclass(kw_only=True)
+class CheckpointConfig:
+    """When the run's state is published under output_dir/checkpoints."""
+
+    interval: int = 100
+    """Steps between checkpoints; the last step is always saved."""
+    keep_last: int = 2
+    """Older complete checkpoints beyond this many are deleted."""
+
+
+@dataclass(kw_only=True)
+class TelemetryConfig:
+    """What is shown and written."""
+
+    log_interval: int = 1
+    """Steps between lines in the log file; metrics.jsonl always has every step."""
+    diagnostics_interval: int = 10
+    """Steps between records of reward by position and over (p_T, p_S) for the report."""
+    num_logged_samples: int = 8
+    """Responses kept from each evaluation for the report."""
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    """One on-policy distillation run."""
+
+    output_dir: str
+    """Folder of everything that the run writes; running again with the same folder resumes."""
+    seed: int = 1234
+    """Seed of sampling and of the prompt order; the same seed gives the same run."""
+    train_steps: int
+    """Optimizer steps."""
+    global_batch_size: int
+    """Responses per optimizer step, over all ranks."""
+    micro_batch_size: int = 1
+    """Responses per student forward/backward on each data-parallel rank."""
+    distributed_timeout_minutes: float = 30.0
+    """Longest wait in a collective before the run is ended with an error."""
+    student: StudentConfig
+    teacher: TeacherConfig
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    data: DataConfig
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
