@@ -1,6 +1,7 @@
 """Every setting of a run, as keyword-only dataclasses. The text under a field is its --help.
 
-This package imports no torch, so that --help, --print_config and the checks of a recipe are instant.
+This package imports no torch, so that --help, --print_config and the checks of a recipe are
+instant.
 Parallel and optimizer settings carry Megatron-Core's names.
 """
 
@@ -19,7 +20,7 @@ class ParallelConfig:
     pipeline_model_parallel_size: int = 1
     """Pipeline stages that share the layers."""
     sequence_parallel: bool = False
-    """Also cut the activations between the tensor-parallel regions along the sequence (needs TP > 1)."""
+    """Also cut the activations between tensor-parallel regions along the sequence (TP > 1)."""
 
     @property
     def model_parallel_size(self) -> int:
@@ -32,9 +33,9 @@ class StudentConfig:
     """The model that generates and learns."""
 
     path: str
-    """Hugging Face folder (config.json, *.safetensors, tokenizer.json) with the student's first weights."""
+    """Hugging Face folder (config.json, *.safetensors, tokenizer.json) of the first weights."""
     dtype: DType = "bf16"
-    """Type of weights and activations; bf16 keeps fp32 main weights and fp32 gradients in the optimizer."""
+    """Type of weights and activations; bf16 keeps fp32 main weights and fp32 gradients."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
 
@@ -60,7 +61,7 @@ class RolloutConfig:
     max_new_tokens: int = 1024
     """A response that reaches this many tokens without EOS is truncated."""
     temperature: float = 1.0
-    """Sampling temperature; log-probs are always scored at temperature 1, so others make rollouts off-policy."""
+    """Sampling temperature; log-probs are scored at 1, so that others make rollouts off-policy."""
     top_p: float = 1.0
     """Keep the smallest set of tokens whose probability reaches this; 1 keeps all."""
     top_k: int = 0
@@ -74,12 +75,13 @@ class ObjectiveConfig:
     """What the student is rewarded for."""
 
     kind: Literal["power", "log_ratio"] = "power"
-    """power: p_T^alpha - p_S^alpha (PowerOPD, bounded); log_ratio: log p_T - log p_S (vanilla OPD, unbounded)."""
+    """power: p_T^alpha - p_S^alpha (PowerOPD, bounded); log_ratio: log p_T - log p_S (vanilla OPD,
+    unbounded)."""
     alpha: float = 5.0
     """Exponent of the power reward; larger ignores tokens that both models find unlikely."""
     terminal: Literal["raw", "mask", "cross_eos", "im_end"] = "mask"
-    """The final EOS position: raw scores it as is; mask drops it from the loss; cross_eos scores the teacher
-    on its own EOS; im_end trains and scores the teacher's EOS in its place."""
+    """The final EOS position: raw scores it as is; mask drops it from the loss; cross_eos scores
+    the teacher on its own EOS; im_end trains and scores the teacher's EOS in its place."""
 
 
 @dataclass(kw_only=True)
@@ -123,13 +125,14 @@ class DataConfig:
     shuffle: bool = True
     """Draw the prompts of each epoch in a new seeded order."""
     apply_chat_template: bool = False
-    """Render prompts through the student folder's chat template ("prompt" becomes one user message)."""
+    """Render prompts with the student folder's chat template ("prompt" is one user message)."""
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     """Variables for the chat template, such as {enable_thinking = false}."""
     prompt_suffix: str = ""
     """Text added to each prompt (to the last user message where messages are given)."""
     answer_check: Literal["exact", "math"] = "exact"
-    """exact compares the text after answer_marker; math compares with math-verify (pip install 'poweropd_megatron[math]')."""
+    """exact compares the text after answer_marker; math compares with math-verify
+    (pip install 'poweropd_megatron[math]')."""
     answer_marker: str = "#"
     """With answer_check = exact: the answer is what follows the last of these in the response."""
 

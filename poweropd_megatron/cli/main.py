@@ -1,0 +1,92 @@
+"""The `poweropd` command: train, report.
+
+Nothing heavy is imported before it is needed, so that --help and a wrong setting answer at once.
+"""
+
+import argparse
+import contextlib
+import io
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from poweropd_megatron import __version__
+from poweropd_megatron.errors import EXIT_CODE_BAD_INPUT, UserError
+
+_DESCRIPTION = """\
+On-policy distillation with the bounded power reward, on Megatron-Core.
+
+  poweropd train --config my.toml --optimizer.lr 1e-6                           (one process)
+  bash launch/pretrain_opd.sh --config launch/recipes/qwen3_1p7b_from_4b.toml   (all GPUs)
+  poweropd report runs/chain_sum
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Return the exit code of a command: 0, or 2 after an error that the user can mend.
+
+    Such an error is one message on stderr, from rank 0 alone in a job of many ranks; any other
+    exception passes through. train.run.run_training therefore raises a UserError on every rank.
+
+    Raises: SystemExit from --help, --version, --print_config and a malformed command line.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if arguments[:1] == ["train"]:
+            _train(arguments[1:])
+        else:
+            _report(Path(_parser().parse_args(arguments).run_dir))
+    except UserError as error:
+        if _rank() == 0:
+            print(f"poweropd: error: {error}", file=sys.stderr)
+        return EXIT_CODE_BAD_INPUT
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="poweropd",
+        description=_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"poweropd {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    commands.add_parser("train", help="train, or go on with a run (poweropd train --help)")
+    report = commands.add_parser(
+        "report",
+        help="write a run's report as one HTML file",
+        description="Write the report of a finished or running run as one HTML file, and print "
+        "its path. Example: poweropd report runs/chain_sum",
+    )
+    report.add_argument("run_dir", metavar="RUN_DIR", help="the run's output_dir")
+    return parser
+
+
+def _train(argv: Sequence[str]) -> None:
+    from poweropd_megatron.config.load import parse_train_config
+    from poweropd_megatron.config.rules import check
+
+    silent = contextlib.redirect_stdout(io.StringIO())
+    with contextlib.nullcontext() if _rank() == 0 else silent:
+        config = parse_train_config(argv)
+    check(config, world_size=int(os.environ.get("WORLD_SIZE", "1")))
+
+    from poweropd_megatron.train.run import run_training
+
+    run_training(config)
+
+
+def _report(run_dir: Path) -> None:
+    from poweropd_megatron.telemetry.report import write_report
+
+    print(write_report(run_dir))
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,215 @@
+"""The settings of a run, read from TOML files and the command line, and written back as TOML.
+
+Values of a TOML file are checked here and never converted; jsonargparse reads the texts of the
+command line, which carry no types of their own, and writes --help.
+"""
+
+import argparse
+import dataclasses
+import re
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_origin, get_type_hints
+
+import jsonargparse
+import tomli_w
+
+from poweropd_megatron.config.rules import check
+from poweropd_megatron.config.schema import TrainConfig
+from poweropd_megatron.config.settings import (
+    SETTINGS,
+    TABLES,
+    conforms,
+    describe,
+    not_a_setting,
+    wrong_type,
+)
+from poweropd_megatron.errors import ConfigError
+
+_DESCRIPTION = """\
+Distil a teacher into a student. The command line wins over --config. Its values are written as in
+TOML, but strings without quotes, and null for a setting that is to be left out.
+
+  poweropd train --config launch/recipes/chain_sum.toml --optimizer.lr 1e-3
+  poweropd train --config my.toml --data.train_files '["a.jsonl", "b.jsonl"]' --print_config
+"""
+
+
+def parse_train_config(argv: Sequence[str]) -> TrainConfig:
+    """Return the settings of a run from --config files and dotted overrides.
+
+    Of several --config files a later one wins; the command line wins over all of them. The result
+    satisfies rules.check as far as that needs no number of ranks.
+
+    Raises: ConfigError with one message that names the setting, the value and what is expected.
+    SystemExit(0) after --help or --print_config.
+    """
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    first.add_argument("--config", action="append", default=[])
+    first.add_argument("--print_config", action="store_true")
+    first.add_argument("-h", "--help", action="store_true")
+    try:
+        options, overrides = first.parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        raise ConfigError(str(error)) from error
+    if options.help:
+        print(_parser().format_help(), end="")
+        raise SystemExit(0)
+    values: dict[str, Any] = {}
+    for path in options.config:
+        values |= read_toml(Path(path))
+    config: TrainConfig = _build(TrainConfig, _override(values, overrides))
+    check(config)
+    if options.print_config:
+        print(to_toml(config), end="")
+        raise SystemExit(0)
+    return config
+
+
+def to_toml(config: TrainConfig) -> str:
+    """Return every setting that isn't None as TOML; parse_train_config reads the same back."""
+    return tomli_w.dumps(_without_none(dataclasses.asdict(config)))
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Return the settings of a TOML file by dotted name, of exactly the types of the schema.
+
+    Raises: ConfigError if the file can't be read, isn't TOML, or holds an unknown name or a value
+    of another type (an int is taken for a float; nothing else is converted).
+    """
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigError(f"--config {path}: no such file (seen from {Path.cwd()})") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config {path} can't be read: {error}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}") from error
+    values = dict(_flatten(table))
+    for name, value in values.items():
+        if name not in SETTINGS:
+            raise ConfigError(f"{path}: {not_a_setting(name)}")
+        if not conforms(value, SETTINGS[name].type):
+            raise ConfigError(f"{path}: {wrong_type(SETTINGS[name], repr(value))}")
+    return values
+
+
+def _flatten(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in table.items():
+        name = prefix + key
+        if name in SETTINGS or not isinstance(value, dict):
+            yield name, value
+        elif value:
+            yield from _flatten(value, name + ".")
+        elif name not in TABLES:
+            yield name, value
+
+
+def _override(values: Mapping[str, Any], argv: Sequence[str]) -> dict[str, Any]:
+    for name, _ in _given(argv):
+        if name not in SETTINGS:
+            raise ConfigError(not_a_setting(name))
+    namespace = jsonargparse.Namespace()  # type: ignore[no-untyped-call]
+    for name, value in values.items():
+        namespace[name] = value
+    try:
+        # Given as defaults instead, a "5" of the files would come back as 5.
+        parsed = _parser().parse_args(list(argv), namespace=namespace, defaults=False)
+    except jsonargparse.ArgumentError as error:
+        raise ConfigError(_explain(str(error), argv)) from error
+    return {name: parsed[name] for name in SETTINGS if name in parsed}
+
+
+def _given(argv: Sequence[str]) -> Iterator[tuple[str, str | None]]:
+    """Yield the options of a command line with their texts, None where one has none."""
+    for argument, following in zip(argv, [*argv[1:], "-"], strict=False):
+        if argument.startswith("--") and argument != "--":
+            name, equals, text = argument.removeprefix("--").partition("=")
+            absent = None if following.startswith("-") else following
+            yield name.removesuffix("+"), text if equals else absent
+
+
+class _HelpFormatter(jsonargparse.DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """jsonargparse's types and defaults, with the line breaks of the description."""
+
+
+def _parser() -> jsonargparse.ArgumentParser:
+    parser = jsonargparse.ArgumentParser(
+        prog="poweropd train",
+        usage="poweropd train --config FILE.toml [--SETTING VALUE ...]",
+        description=_DESCRIPTION,
+        formatter_class=_HelpFormatter,
+        parser_mode="toml",
+        allow_abbrev=False,
+        exit_on_error=False,
+    )
+    parser.add_argument(
+        "--config",
+        metavar="FILE.toml",
+        default=argparse.SUPPRESS,
+        help="File with settings; of several a later one wins.",
+    )
+    parser.add_argument(
+        "--print_config",
+        action="store_true",
+        default=argparse.SUPPRESS,
+        help="Print every setting as TOML, ready for --config, and exit.",
+    )
+    tables = {name: parser.add_argument_group(name or "run", text) for name, text in TABLES.items()}
+    for name, setting in SETTINGS.items():
+        tables[setting.table].add_argument(
+            f"--{name}",
+            type=_inline_table if get_origin(setting.type) is dict else setting.type,
+            required=setting.required,
+            default=None if setting.required else setting.default,
+            help=setting.help,
+        )
+    return parser
+
+
+def _inline_table(value: str | dict[str, Any]) -> dict[str, Any]:
+    """Return a table of the command line; jsonargparse also passes those of the files through."""
+    table = tomllib.loads(f"table = {value}")["table"] if isinstance(value, str) else value
+    if not isinstance(table, dict):
+        raise ValueError(f"not a table: {value}")
+    return table
+
+
+def _explain(message: str, argv: Sequence[str]) -> str:
+    """Return jsonargparse's message about a command line as one that names setting and value."""
+    if missing := re.search(r"arguments are required: (.*)", message):
+        example = missing[1].partition(",")[0]
+        return f"no value for {missing[1]}: set it in a --config file, or with --{example} VALUE"
+    if stray := re.search(r"unrecognized arguments: (.*)", message):
+        return f"{stray[1]}: not understood; settings are given as --NAME VALUE or --NAME=VALUE"
+    found = re.search(r'(?:argument --|Parser key ")([\w.]+)', message)
+    if found is None:
+        return message
+    setting = SETTINGS[found[1]]
+    text = [text for name, text in _given(argv) if name == setting.name][-1]
+    if text is None:
+        return (
+            f"--{setting.name} needs a value: {describe(setting.type)} "
+            f"(write --{setting.name}=VALUE if it starts with a minus)"
+        )
+    return wrong_type(setting, repr(text))
+
+
+def _build(cls: type, values: Mapping[str, Any], table: str = "") -> Any:
+    fields: dict[str, Any] = {}
+    for field, kind in get_type_hints(cls).items():
+        name = f"{table}.{field}".lstrip(".")
+        if name in TABLES:
+            fields[field] = _build(kind, values, name)
+        elif name in values:
+            fields[field] = float(values[name]) if kind is float else values[name]
+    return cls(**fields)
+
+
+def _without_none(table: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        key: _without_none(value) if isinstance(value, dict) else value
+        for key, value in table.items()
+        if value is not None
+    }

@@ -1,0 +1,80 @@
+"""What each setting must be on its own; objective.alpha depends on objective.kind: see rules."""
+
+import math
+from collections.abc import Callable
+from operator import attrgetter
+from typing import Any
+
+from poweropd_megatron.config.schema import TrainConfig
+from poweropd_megatron.errors import ConfigError
+
+RANGES: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
+    "at least 1": (
+        lambda value: value >= 1,
+        (
+            "train_steps",
+            "global_batch_size",
+            "micro_batch_size",
+            "student.parallel.tensor_model_parallel_size",
+            "student.parallel.pipeline_model_parallel_size",
+            "teacher.parallel.tensor_model_parallel_size",
+            "teacher.parallel.pipeline_model_parallel_size",
+            "teacher.micro_batch_size",
+            "rollout.num_samples_per_prompt",
+            "rollout.max_new_tokens",
+            "rollout.micro_batch_size",
+            "optimizer.lr_decay_iters",
+            "data.max_prompt_length",
+            "eval.max_new_tokens",
+            "eval.max_prompts",
+            "checkpoint.interval",
+            "checkpoint.keep_last",
+            "telemetry.log_interval",
+            "telemetry.diagnostics_interval",
+        ),
+    ),
+    "at least 0": (
+        lambda value: 0 <= value < math.inf,
+        (
+            "seed",
+            "rollout.top_k",
+            "optimizer.min_lr",
+            "optimizer.lr_warmup_iters",
+            "optimizer.weight_decay",
+            "optimizer.clip_grad",
+            "eval.interval",
+            "eval.num_samples",
+            "eval.top_k",
+            "telemetry.num_logged_samples",
+        ),
+    ),
+    "greater than 0 and finite": (
+        lambda value: 0 < value < math.inf,
+        (
+            "distributed_timeout_minutes",
+            "rollout.temperature",
+            "optimizer.lr",
+            "optimizer.adam_eps",
+            "eval.temperature",
+        ),
+    ),
+    "greater than 0 and at most 1": (lambda value: 0 < value <= 1, ("rollout.top_p", "eval.top_p")),
+    "at least 0 and less than 1": (
+        lambda value: 0 <= value < 1,
+        ("optimizer.adam_beta1", "optimizer.adam_beta2"),
+    ),
+    "not empty": (bool, ("output_dir", "student.path", "teacher.path", "data.train_files")),
+}
+"""Each range in words, its test, and the settings that it holds for."""
+
+
+def check_ranges(config: TrainConfig) -> None:
+    """Return if every setting is within its range.
+
+    Raises: ConfigError that names the setting, its value and the range.
+    """
+    for expected, (holds, names) in RANGES.items():
+        for name in names:
+            value = attrgetter(name)(config)
+            if value is not None and not holds(value):
+                raise ConfigError(f"{name} must be {expected}, not {value!r}")

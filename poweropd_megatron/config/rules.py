@@ -1,0 +1,221 @@
+"""What the settings must be together, and what a resumed run may change."""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+from poweropd_megatron.config.ranges import check_ranges
+from poweropd_megatron.config.schema import (
+    DataConfig,
+    EvalConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    TrainConfig,
+)
+from poweropd_megatron.errors import ConfigError
+
+CHANGEABLE_ON_RESUME = (
+    "output_dir",
+    "train_steps",
+    "micro_batch_size",
+    "distributed_timeout_minutes",
+    "student.parallel.*",
+    "teacher.parallel.*",
+    "teacher.micro_batch_size",
+    "rollout.micro_batch_size",
+    "data.eval_files",
+    "eval.*",
+    "checkpoint.*",
+    "telemetry.*",
+)
+"""Settings that leave the training of a resumed run as it was; the others are frozen."""
+
+
+def check(config: TrainConfig, world_size: int | None = None) -> None:
+    """Return if the settings can work together, on world_size ranks where that is known.
+
+    Reads no file; what depends on the models is for check_model_layout.
+
+    Raises: ConfigError that names the settings, gives their values and what would work.
+    """
+    check_ranges(config)
+    _check_objective(config.objective)
+    _check_schedule(config.optimizer, config.train_steps)
+    _check_data(config.data)
+    _check_evaluation(config.eval, config.data.eval_files)
+    _check_samples(config)
+    for name, model in (("student", config.student), ("teacher", config.teacher)):
+        _check_sequence_parallel(name, model.parallel)
+        if world_size is not None:
+            _check_ranks(name, model.parallel, world_size)
+    if world_size is not None:
+        _check_data_parallel_batch(config, world_size)
+
+
+def check_model_layout(
+    name: Literal["student", "teacher"],
+    parallel: ParallelConfig,
+    *,
+    num_layers: int,
+    num_attention_heads: int,
+    num_query_groups: int,
+    ffn_hidden_size: int,
+) -> None:
+    """Return if the layout cuts a model of this shape into equal parts.
+
+    Raises: ConfigError that names the parallel size and the sizes that would work.
+    """
+    tensor = parallel.tensor_model_parallel_size
+    parts = {
+        "attention heads": num_attention_heads,
+        "key-value heads": num_query_groups,
+        "feed-forward size": ffn_hidden_size,
+    }
+    for what, count in parts.items():
+        if count % tensor:
+            raise ConfigError(
+                f"{name}.parallel.tensor_model_parallel_size = {tensor} must divide the {name}'s "
+                f"{what} ({count}); {_listed(_divisors(math.gcd(*parts.values())))} would work"
+            )
+    pipeline = parallel.pipeline_model_parallel_size
+    if num_layers % pipeline:
+        raise ConfigError(
+            f"{name}.parallel.pipeline_model_parallel_size = {pipeline} must divide the {name}'s "
+            f"layers ({num_layers}); {_listed(_divisors(num_layers))} would work"
+        )
+
+
+def frozen_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Return a line for each setting that differs and that a resumed run may not change.
+
+    Both are dataclasses.asdict of a TrainConfig. A line reads "objective.alpha: was 5.0, is 1.0".
+    """
+    before, after = dict(_flatten(old)), dict(_flatten(new))
+    return [
+        f"{name}: was {_shown(before.get(name))}, is {_shown(after.get(name))}"
+        for name in dict.fromkeys([*before, *after])
+        if before.get(name) != after.get(name)
+        and not any(fnmatchcase(name, pattern) for pattern in CHANGEABLE_ON_RESUME)
+    ]
+
+
+def _check_objective(objective: ObjectiveConfig) -> None:
+    if objective.kind == "power" and not 0 < objective.alpha < math.inf:
+        raise ConfigError(
+            f"objective.alpha must be > 0 and finite, not {objective.alpha}; "
+            "for the log-ratio limit set objective.kind = 'log_ratio'"
+        )
+
+
+def _check_schedule(optimizer: OptimizerConfig, train_steps: int) -> None:
+    if optimizer.min_lr > optimizer.lr:
+        raise ConfigError(
+            f"optimizer.min_lr = {optimizer.min_lr} must not exceed optimizer.lr = {optimizer.lr}"
+        )
+    ends = {"train_steps": train_steps, "optimizer.lr_decay_iters": optimizer.lr_decay_iters}
+    for name, end in ends.items():
+        if end is not None and optimizer.lr_warmup_iters >= end:
+            raise ConfigError(
+                f"optimizer.lr_warmup_iters = {optimizer.lr_warmup_iters} must be less than "
+                f"{name} = {end}: use at most {end - 1}"
+            )
+
+
+def _check_data(data: DataConfig) -> None:
+    if data.answer_check == "exact" and not data.answer_marker:
+        raise ConfigError(
+            "data.answer_marker must not be empty with data.answer_check = 'exact': "
+            "the answer is what follows it; '#' is the default"
+        )
+    if data.chat_template_kwargs and not data.apply_chat_template:
+        raise ConfigError(
+            f"data.chat_template_kwargs = {data.chat_template_kwargs} needs "
+            "data.apply_chat_template = true; set that, or give no chat_template_kwargs"
+        )
+
+
+def _check_evaluation(evaluation: EvalConfig, eval_files: Sequence[str]) -> None:
+    if not eval_files:
+        if evaluation.interval not in (0, EvalConfig().interval):
+            raise ConfigError(
+                f"eval.interval = {evaluation.interval} needs data.eval_files, which is empty: "
+                "name the files there, or set eval.interval = 0"
+            )
+    elif evaluation.num_samples == 0 and not evaluation.greedy:
+        raise ConfigError(
+            "eval.num_samples = 0 with eval.greedy = false leaves no answer to evaluate: "
+            "change either, or set data.eval_files = []"
+        )
+
+
+def _check_samples(config: TrainConfig) -> None:
+    samples, batch = config.rollout.num_samples_per_prompt, config.global_batch_size
+    if batch % samples:
+        raise ConfigError(
+            f"rollout.num_samples_per_prompt = {samples} must divide global_batch_size = {batch}; "
+            f"{_listed(_divisors(batch))} would work"
+        )
+
+
+def _check_sequence_parallel(name: str, parallel: ParallelConfig) -> None:
+    if parallel.sequence_parallel and parallel.tensor_model_parallel_size == 1:
+        raise ConfigError(
+            f"{name}.parallel.sequence_parallel = true needs "
+            f"{name}.parallel.tensor_model_parallel_size > 1, not 1: raise it, or set "
+            f"{name}.parallel.sequence_parallel = false"
+        )
+
+
+def _check_ranks(name: str, parallel: ParallelConfig, world_size: int) -> None:
+    tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    size = parallel.model_parallel_size
+    if world_size % size:
+        raise ConfigError(
+            f"{name}.parallel.tensor_model_parallel_size = {tensor} times "
+            f"{name}.parallel.pipeline_model_parallel_size = {pipeline} must divide the number of "
+            f"ranks ({world_size}): start {_listed(_multiples_around(world_size, size))} ranks, "
+            f"or choose sizes whose product is {_listed(_divisors(world_size))}"
+        )
+
+
+def _check_data_parallel_batch(config: TrainConfig, world_size: int) -> None:
+    batch, micro = config.global_batch_size, config.micro_batch_size
+    data_parallel = world_size // config.student.parallel.model_parallel_size
+    if batch % (micro * data_parallel):
+        step = math.lcm(micro * data_parallel, config.rollout.num_samples_per_prompt)
+        fix = f"set global_batch_size to {_listed(_multiples_around(batch, step))}"
+        if batch % data_parallel == 0:
+            fix += f", or micro_batch_size to {_listed(_divisors(batch // data_parallel))}"
+        raise ConfigError(
+            f"global_batch_size = {batch} must be a multiple of micro_batch_size = {micro} times "
+            f"the student's data-parallel size = {data_parallel} ({world_size} ranks / "
+            f"{config.student.parallel.model_parallel_size} model-parallel): {fix}"
+        )
+
+
+def _multiples_around(value: int, step: int) -> list[int]:
+    below = value // step * step
+    return [multiple for multiple in (below, below + step) if multiple > 0]
+
+
+def _divisors(value: int) -> list[int]:
+    return [divisor for divisor in range(1, value + 1) if value % divisor == 0]
+
+
+def _listed(values: Iterable[int]) -> str:
+    *others, last = map(str, values)
+    return f"{', '.join(others)} or {last}" if others else last
+
+
+def _flatten(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def _shown(value: Any) -> str:
+    return "not set" if value is None else repr(value)

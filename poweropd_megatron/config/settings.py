@@ -1,0 +1,114 @@
+"""Every setting of the schema under its dotted name, with its type, default and help text."""
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import NoneType, UnionType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import docstring_parser
+
+from poweropd_megatron.config.schema import TrainConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """One field of the schema; default is dataclasses.MISSING where a run must give it."""
+
+    name: str
+    table: str
+    type: Any
+    default: Any
+    help: str
+
+    @property
+    def required(self) -> bool:
+        """Whether a run must give it."""
+        return self.default is dataclasses.MISSING
+
+
+def conforms(value: Any, kind: Any) -> bool:
+    """Return whether a value has exactly a field's type; a float may be an int, and is finite."""
+    arguments = get_args(kind)
+    origin = get_origin(kind)
+    if origin is UnionType:
+        return any(conforms(value, argument) for argument in arguments)
+    if origin is Literal:
+        return value in arguments
+    if origin is list:
+        return isinstance(value, list) and all(conforms(item, arguments[0]) for item in value)
+    if origin is dict:
+        return isinstance(value, dict)
+    if kind is float:
+        return type(value) in (int, float) and math.isfinite(value)
+    return type(value) is kind
+
+
+def wrong_type(setting: Setting, given: str) -> str:
+    """Return the message for a value, as the user wrote it, of another type."""
+    return f"{setting.name} must be {describe(setting.type)}, not {given}"
+
+
+def describe(kind: Any) -> str:
+    """Return a field's type in the words of a message."""
+    arguments = get_args(kind)
+    origin = get_origin(kind)
+    if origin is UnionType:
+        return " or ".join(describe(argument) for argument in arguments)
+    if origin is Literal:
+        return "one of " + ", ".join(repr(argument) for argument in arguments)
+    if origin is list:
+        return 'a list of strings such as ["a", "b"]'
+    if origin is dict:
+        return "a table such as {name = true}"
+    plain = {bool: "true or false", int: "an integer", float: "a finite number", str: "a string"}
+    return {**plain, NoneType: "null (in a file: left out)"}[kind]
+
+
+def not_a_setting(name: str) -> str:
+    """Return the message for an unknown dotted name, with the nearest that exists."""
+    if name in TABLES:
+        example = next(s.name for s in SETTINGS.values() if s.table == name)
+        return f"{name} is a table of settings: give them one by one, such as {example}"
+    leaf = name.rpartition(".")[2]
+    nearest = [known for known in SETTINGS if known.rpartition(".")[2] == leaf]
+    if "." in name or not nearest:
+        candidates = nearest or [*SETTINGS, "config", "print_config", "help"]
+        nearest = difflib.get_close_matches(name, candidates, n=1, cutoff=0.0 if nearest else 0.5)
+    hint = "did you mean " + " or ".join(nearest) + "?" if nearest else "see poweropd train --help"
+    return f"{name} is not a setting; {hint}"
+
+
+def _tables(cls: type, name: str = "") -> Iterator[tuple[str, type]]:
+    yield name, cls
+    for field, kind in get_type_hints(cls).items():
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+            yield from _tables(kind, f"{name}.{field}".lstrip("."))
+
+
+def _settings(cls: type, table: str) -> Iterator[Setting]:
+    types = get_type_hints(cls)
+    texts = {
+        p.arg_name: p.description or "" for p in docstring_parser.parse_from_object(cls).params
+    }
+    for field in dataclasses.fields(cls):
+        if not dataclasses.is_dataclass(types[field.name]):
+            made = field.default_factory
+            yield Setting(
+                name=f"{table}.{field.name}".lstrip("."),
+                table=table,
+                type=types[field.name],
+                default=field.default if made is dataclasses.MISSING else made(),
+                help=texts[field.name],
+            )
+
+
+_CLASSES = dict(_tables(TrainConfig))
+
+TABLES = {name: (cls.__doc__ or "") for name, cls in _CLASSES.items()}
+"""The text of each table of settings by its dotted name; "" is the top."""
+
+SETTINGS = {s.name: s for table, cls in _CLASSES.items() for s in _settings(cls, table)}
+"""Every setting by its dotted name."""
