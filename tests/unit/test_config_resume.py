@@ -1,0 +1,82 @@
+"""What a resumed run may change: everything that leaves the training as it was, and no more."""
+
+import dataclasses
+import json
+
+import pytest
+
+from poweropd_megatron.config.load import parse_train_config
+from poweropd_megatron.config.rules import frozen_differences
+from poweropd_megatron.config.settings import SETTINGS
+
+MAY_CHANGE = [
+    "output_dir",
+    "train_steps",
+    "micro_batch_size",
+    "distributed_timeout_minutes",
+    "student.parallel.tensor_model_parallel_size",
+    "student.parallel.pipeline_model_parallel_size",
+    "student.parallel.sequence_parallel",
+    "teacher.parallel.tensor_model_parallel_size",
+    "teacher.parallel.pipeline_model_parallel_size",
+    "teacher.parallel.sequence_parallel",
+    "teacher.micro_batch_size",
+    "rollout.micro_batch_size",
+    "data.eval_files",
+    "eval.interval",
+    "eval.num_samples",
+    "eval.greedy",
+    "eval.temperature",
+    "eval.top_p",
+    "eval.top_k",
+    "eval.max_new_tokens",
+    "eval.max_prompts",
+    "checkpoint.interval",
+    "checkpoint.keep_last",
+    "telemetry.log_interval",
+    "telemetry.diagnostics_interval",
+    "telemetry.num_logged_samples",
+]
+
+
+def run_with(changed: str | None = None) -> dict[str, object]:
+    """Return a resolved config of made-up values, one of which may have changed."""
+    config: dict[str, object] = {}
+    for name in SETTINGS:
+        *tables, field = name.split(".")
+        owner = config
+        for table in tables:
+            owner = owner.setdefault(table, {})
+        owner[field] = "new" if name == changed else "old"
+    return config
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_resumed_run_may_change_only_what_leaves_the_training_alone(name):
+    lines = frozen_differences(run_with(), run_with(changed=name))
+    assert lines == ([] if name in MAY_CHANGE else [f"{name}: was 'old', is 'new'"])
+
+
+def test_differences_survive_json_and_show_tables_key_by_key():
+    arguments = [
+        *("--output_dir=o", "--train_steps=2", "--global_batch_size=2", "--student.path=s"),
+        *("--teacher.path=t", '--data.train_files=["a"]', "--data.apply_chat_template=true"),
+    ]
+    old, new = (
+        dataclasses.asdict(parse_train_config([*arguments, *changes]))
+        for changes in (
+            ["--objective.alpha=5"],
+            [
+                "--objective.alpha=1",
+                "--optimizer.lr_decay_iters=2",
+                "--data.chat_template_kwargs={enable_thinking = false}",
+            ],
+        )
+    )
+    saved = json.loads(json.dumps(old))
+    assert frozen_differences(saved, old) == []
+    assert frozen_differences(saved, new) == [
+        "objective.alpha: was 5.0, is 1.0",
+        "optimizer.lr_decay_iters: was not set, is 2",
+        "data.chat_template_kwargs.enable_thinking: was not set, is False",
+    ]
