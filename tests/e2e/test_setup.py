@@ -1,0 +1,267 @@
+"""launch/setup_env.sh in a copy of the checkout, with a stand-in for Python that records pip."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parents[2]
+TOOLS = (
+    *("bash", "cat", "cksum", "cp", "dirname", "env", "find", "flock", "head", "ls", "mkdir"),
+    *("mv", "paste", "rm", "sed", "sleep", "sort", "tail", "tr"),
+)
+
+# Makes environments that are copies of itself; $PIP_SECONDS and $PIP_EXIT tell how pip goes.
+STAND_IN = """#!/bin/bash
+case "$*" in
+  "-") cat >/dev/null; echo ok ;;
+  "- "*) cat >/dev/null; echo everything; exit 1 ;;
+  "--version" | "-VV") echo Python 3.12.99 ;;
+  "-m venv "*) mkdir -p "$3/bin"; cp "$0" "$3/bin/python"; echo "venv" >>"$CALLS" ;;
+  "-m pip "*)
+    echo "$*" >>"$CALLS"; echo "pip says hello"
+    case "$*" in *--editable*) sleep "${PIP_SECONDS:-0}" & wait $! ;; esac
+    echo "pip ended" >>"$CALLS"; exit "${PIP_EXIT:-0}" ;;
+esac
+"""
+
+TOO_OLD = "#!/bin/bash\ncat >/dev/null; echo is too old; [[ $# == 1 ]]\n"
+
+
+@dataclass
+class Checkout:
+    """A copy of the scripts in a folder whose name has spaces, and a PATH without any Python."""
+
+    root: Path
+    bin: Path
+    home: Path
+    variables: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def calls(self) -> list[str]:
+        path = self.home / "calls"
+        return path.read_text().splitlines() if path.exists() else []
+
+    @property
+    def environment(self) -> dict[str, str]:
+        paths = {"PATH": str(self.bin), "HOME": str(self.home), "CALLS": str(self.home / "calls")}
+        return paths | self.variables
+
+    def add_python(self, path: Path, text: str = STAND_IN) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        path.chmod(0o755)
+
+    def start(self, *arguments: str, **variables: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            ["bash", self.root / "launch" / "setup_env.sh", *arguments],
+            env=self.environment | variables,
+            cwd=self.home,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def setup(self, *arguments: str, code: int = 0, **variables: str) -> tuple[str, str]:
+        process = self.start(*arguments, **variables)
+        stdout, stderr = process.communicate(timeout=30)
+        assert process.returncode == code, stderr
+        return stdout, stderr
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Checkout:
+    checkout = Checkout(tmp_path / "a check out", tmp_path / "bin", tmp_path / "home")
+    (checkout.root / "launch").mkdir(parents=True)
+    checkout.bin.mkdir()
+    checkout.home.mkdir()
+    shutil.copy(REPO / "launch" / "setup_env.sh", checkout.root / "launch")
+    for name in ("constraints.txt", "pyproject.toml"):
+        shutil.copy(REPO / name, checkout.root)
+    for tool in TOOLS:
+        if path := shutil.which(tool):
+            (checkout.bin / tool).symlink_to(path)
+    return checkout
+
+
+@pytest.fixture
+def checkout_with_python(checkout: Checkout) -> Checkout:
+    checkout.add_python(checkout.bin / "python3.12")
+    return checkout
+
+
+def wait_for(condition, seconds: float = 10.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_without_a_python_it_says_what_it_tried_and_how_to_get_one(checkout):
+    checkout.add_python(checkout.bin / "python3.12", "#!/bin/bash\nexit 127\n")
+    checkout.add_python(checkout.bin / "python3", TOO_OLD)
+    _, stderr = checkout.setup(code=2)
+    assert f"{checkout.bin}/python3.12 does not run" in stderr
+    assert f"{checkout.bin}/python3 is too old" in stderr
+    assert "uv python install 3.12" in stderr
+    assert "pyenv install 3.12" in stderr
+
+
+def test_a_broken_shim_is_passed_over_for_an_installed_version(checkout):
+    checkout.add_python(checkout.bin / "python3.12", "#!/bin/bash\nexit 127\n")
+    checkout.add_python(checkout.home / ".pyenv" / "versions" / "3.12.99" / "bin" / "python3")
+    _, stderr = checkout.setup()
+    assert ".pyenv/versions/3.12.99/bin/python3" in stderr
+
+
+def test_a_second_run_installs_nothing(checkout_with_python):
+    first, stderr = checkout_with_python.setup()
+    assert first.startswith("export POWEROPD_PYTHON=")
+    assert "PYTHONPATH" not in first
+    assert "installing the pinned packages" in stderr
+    calls = checkout_with_python.calls
+    assert calls.count("venv") == 1
+    assert "--no-build-isolation --editable ." in calls[-2]
+    assert str(checkout_with_python.root / "constraints.txt") in calls[-2]
+
+    again, stderr = checkout_with_python.setup()
+    assert again == first
+    assert stderr == ""
+    assert checkout_with_python.calls == calls
+
+
+@pytest.mark.parametrize("name", ["constraints.txt", "pyproject.toml"])
+def test_a_changed_pin_is_installed_into_the_same_environment(checkout_with_python, name):
+    checkout_with_python.setup()
+    with (checkout_with_python.root / name).open("a") as file:
+        file.write("# changed\n")
+    _, stderr = checkout_with_python.setup()
+    assert "up to date" in stderr
+    assert checkout_with_python.calls.count("venv") == 1
+    assert sum("--editable" in call for call in checkout_with_python.calls) == 2
+
+
+def test_extras_add_up(checkout_with_python):
+    checkout_with_python.setup(POWEROPD_EXTRAS="test")
+    checkout_with_python.setup(POWEROPD_EXTRAS="lint")
+    assert checkout_with_python.calls[-2].endswith("--editable .[lint,test]")
+    calls = checkout_with_python.calls
+    for extras in ("test,lint", "lint", ""):
+        checkout_with_python.setup(POWEROPD_EXTRAS=extras)
+    assert checkout_with_python.calls == calls
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_an_interrupted_install_is_made_again(checkout_with_python, how):
+    process = checkout_with_python.start(PIP_SECONDS="3" if how == signal.SIGKILL else "60")
+    wait_for(lambda: any("--editable" in call for call in checkout_with_python.calls))
+    process.send_signal(how)
+    process.wait(timeout=10)
+    assert process.returncode == (-how if how == signal.SIGKILL else 128 + how)
+    assert not (checkout_with_python.root / ".venv" / ".poweropd_stamp").exists()
+
+    checkout_with_python.setup("--find", code=2)
+    checkout_with_python.setup()
+    calls = checkout_with_python.calls
+    assert calls.count("venv") == 2
+    if how == signal.SIGKILL:
+        # The orphaned pip still wrote into the environment, so it had to be waited for.
+        assert calls.index("pip ended", calls.index("pip ended") + 1) < len(calls) - 5
+
+
+def test_concurrent_runs_install_once(checkout_with_python):
+    runs = [checkout_with_python.start(PIP_SECONDS="1") for _ in range(3)]
+    outputs = {run.communicate(timeout=30)[0] for run in runs}
+    assert [run.returncode for run in runs] == [0, 0, 0]
+    assert len(outputs) == 1
+    assert checkout_with_python.calls.count("venv") == 1
+
+
+def test_a_failing_pip_shows_the_end_of_its_log(checkout_with_python):
+    _, stderr = checkout_with_python.setup(code=1, PIP_EXIT="7")
+    assert "pip says hello" in stderr
+    assert str(checkout_with_python.root / ".venv" / "setup.log") in stderr
+
+
+def test_a_folder_of_somebody_else_is_left_alone(checkout_with_python):
+    precious = checkout_with_python.home / "precious"
+    precious.mkdir()
+    (precious / "thesis").touch()
+    _, stderr = checkout_with_python.setup(code=2, POWEROPD_VENV=str(precious))
+    assert "POWEROPD_VENV" in stderr
+    assert [path.name for path in precious.iterdir()] == ["thesis"]
+
+
+def test_the_index_of_the_user_reaches_pip(checkout_with_python):
+    checkout_with_python.setup(POWEROPD_INDEX_URL="file:///some/index")
+    installs = [call for call in checkout_with_python.calls if "pip install" in call]
+    assert all("--index-url file:///some/index" in call for call in installs)
+
+
+@pytest.mark.parametrize("variable", ["VIRTUAL_ENV", "CONDA_PREFIX"])
+def test_an_active_environment_with_every_package_is_used_as_it_is(checkout, variable):
+    stdout, _ = checkout.setup(**{variable: sys.prefix})
+    assert stdout.splitlines() == [
+        f"export POWEROPD_PYTHON={sys.prefix}/bin/python",
+        "export PYTHONPATH=" + str(checkout.root).replace(" ", "\\ "),
+    ]
+    assert not (checkout.root / ".venv").exists()
+
+
+def test_an_active_environment_that_lacks_a_package_is_not_used(checkout_with_python):
+    pyproject = checkout_with_python.root / "pyproject.toml"
+    text = pyproject.read_text().replace('"rich",', '"rich<1",\n"no-such-thing>=3",')
+    pyproject.write_text(text)
+    stdout, stderr = checkout_with_python.setup(VIRTUAL_ENV=sys.prefix)
+    assert "no-such-thing>=3" in stderr
+    assert "rich<1 (it has " in stderr
+    assert ".venv/bin/python" in stdout
+
+
+def test_a_chosen_python_that_lacks_packages_is_refused(checkout_with_python):
+    chosen = str(checkout_with_python.bin / "python3.12")
+    _, stderr = checkout_with_python.setup(code=2, POWEROPD_PYTHON=chosen)
+    assert "POWEROPD_PYTHON" in stderr
+    assert checkout_with_python.calls == []
+
+
+def test_sourcing_sets_the_variables_and_leaves_the_shell_as_it_was(checkout_with_python):
+    script = (
+        'before=$-; source "$SCRIPT" 2>/dev/null; echo "$? $POWEROPD_PYTHON"; [[ $- == "$before" ]]'
+    )
+    for options in ("-c", "-euc"):
+        result = subprocess.run(
+            [shutil.which("bash"), options, script],
+            env=checkout_with_python.environment
+            | {"SCRIPT": str(checkout_with_python.root / "launch" / "setup_env.sh")},
+            capture_output=True,
+            text=True,
+            timeout=30,
+        )
+        assert result.returncode == 0, result.stderr
+        assert result.stdout == f"0 {checkout_with_python.root}/.venv/bin/python\n"
+
+
+def test_a_failure_is_seen_by_a_shell_that_sources(checkout):
+    script = 'source "$SCRIPT" 2>/dev/null || echo "failed with $?"'
+    output = subprocess.check_output(
+        [shutil.which("bash"), "-euc", script],
+        env=checkout.environment | {"SCRIPT": str(checkout.root / "launch" / "setup_env.sh")},
+        text=True,
+        timeout=30,
+    )
+    assert output == "failed with 2\n"
+
+
+def test_find_names_the_command_that_makes_the_environment(checkout_with_python):
+    _, stderr = checkout_with_python.setup("--find", code=2)
+    assert "launch/setup_env.sh" in stderr
+    assert checkout_with_python.calls == []
+    assert not os.path.exists(checkout_with_python.root / ".venv")

@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# Run the tests in the project's environment, which is made first: bash tests/run.sh [pytest arguments]
+
+set -euo pipefail
+
+cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
+environment=$(POWEROPD_EXTRAS=${POWEROPD_EXTRAS:+$POWEROPD_EXTRAS,}test bash launch/setup_env.sh)
+eval "$environment"
+exec "$POWEROPD_PYTHON" -m pytest "$@"
