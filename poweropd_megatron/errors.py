@@ -17,3 +17,7 @@ class InputError(UserError):
 
 class CheckpointError(UserError):
     """A checkpoint that is incomplete, corrupt, or belongs to another run."""
+
+
+class NonFiniteError(RuntimeError):
+    """A NaN or infinity appeared in training; raised on every rank before it reaches the weights."""

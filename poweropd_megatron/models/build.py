@@ -1,0 +1,138 @@
+"""A Qwen3 on Megatron-Core, its weights taken straight from a Hugging Face folder into this rank's shards."""
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.transformer.transformer_block import (
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from poweropd_megatron.config.schema import DType, ParallelConfig
+from poweropd_megatron.models import hf_weights
+from poweropd_megatron.models.hf_folder import HFFolder
+from poweropd_megatron.models.layers import RMSNorm, RowRotaryEmbedding, SDPACoreAttention
+from poweropd_megatron.models.qwen3 import Qwen3Config
+from poweropd_megatron.parallel.layout import Layout
+
+TORCH_DTYPES: dict[DType, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def padded_vocab_size(vocab_size: int, tp_size: int) -> int:
+    """Return the rows of the embedding over all ranks: the vocabulary, up to the next multiple of TP.
+
+    The rows beyond vocab_size are zero, take no part in any softmax, and are never sampled or exported.
+    """
+    return -(-vocab_size // tp_size) * tp_size
+
+
+def transformer_config(
+    model: Qwen3Config, parallel: ParallelConfig, dtype: DType
+) -> TransformerConfig:
+    """Return Megatron's configuration of a Qwen3.
+
+    Attention and MLP have no bias and no dropout; losses are summed over tokens, to be divided once by the global
+    count; pipeline stages exchange the shape of each micro-batch, so that each has its own length.
+    """
+    torch_dtype = TORCH_DTYPES[dtype]
+    return TransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=model.ffn_hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.num_query_groups,
+        kv_channels=model.kv_channels,
+        layernorm_epsilon=model.layernorm_epsilon,
+        normalization="RMSNorm",
+        qk_layernorm=True,
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        add_bias_linear=False,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        params_dtype=torch_dtype,
+        pipeline_dtype=torch_dtype,
+        bf16=dtype == "bf16",
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        sequence_parallel=parallel.sequence_parallel,
+        variable_seq_lengths=True,
+        moe_token_dispatcher_type="alltoall",  # the default refuses variable_seq_lengths
+        calculate_per_token_loss=True,
+        perform_initialization=False,
+        use_cpu_initialization=not torch.cuda.is_available(),
+        gradient_accumulation_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        apply_rope_fusion=False,
+    )
+
+
+def build_model(
+    model: Qwen3Config,
+    layout: Layout,
+    *,
+    folder: str,
+    dtype: DType,
+    setting: str,
+) -> list[GPTModel]:
+    """Return this rank's model chunks, with weights loaded.
+
+    Raises: InputError if the folder's tensors don't fit its config.json.
+    Cost: each rank reads its own slices; no collective but the tied embedding's in GPTModel.
+    """
+    config = transformer_config(model, layout.parallel, dtype)
+    chunk = GPTModel(
+        config,
+        _block_spec(get_num_layers_to_build(config, pp_rank=layout.pp_rank)),
+        vocab_size=padded_vocab_size(model.vocab_size, layout.tp_size),
+        max_sequence_length=model.max_position_embeddings,
+        pre_process=layout.is_first_stage,
+        post_process=layout.is_last_stage,
+        share_embeddings_and_output_weights=model.tie_word_embeddings,
+        position_embedding_type="rope",
+        rotary_base=cast(int, model.rotary_base),
+        pg_collection=layout.groups,
+    )
+    chunk.rotary_pos_emb = RowRotaryEmbedding(
+        kv_channels=model.kv_channels,
+        rotary_percent=1.0,
+        rotary_base=cast(int, model.rotary_base),
+        use_cpu_initialization=config.use_cpu_initialization,
+        cp_group=layout.groups.cp,
+    )
+    chunk.to(layout.device)
+    hf_weights.load(
+        chunk.named_parameters(),
+        hf_weights.weights_of(model, layer_numbers(chunk)),
+        HFFolder(folder, setting=setting),
+        tp_rank=layout.tp_rank,
+        tp_size=layout.tp_size,
+    )
+    return [chunk]
+
+
+def layer_numbers(chunk: GPTModel) -> list[int]:
+    """Return the numbers, from 0, of the layers that a model chunk holds."""
+    return [layer.layer_number - 1 for layer in chunk.decoder.layers]
+
+
+def unwrap(chunks: Sequence[Any]) -> list[GPTModel]:
+    """Return the models inside their DistributedDataParallel wrappers."""
+    return [getattr(chunk, "module", chunk) for chunk in chunks]
+
+
+def _block_spec(num_layers: int) -> TransformerBlockSubmodules:
+    """Return this many of Megatron's local layers, with our norm and attention."""
+    layer = get_gpt_layer_local_spec(qk_layernorm=True, normalization="RMSNorm")
+    layer.submodules.input_layernorm = RMSNorm
+    layer.submodules.pre_mlp_layernorm = RMSNorm
+    attention = layer.submodules.self_attention.submodules
+    attention.q_layernorm = attention.k_layernorm = RMSNorm
+    attention.core_attention = SDPACoreAttention
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)

@@ -1,0 +1,95 @@
+"""A Hugging Face checkpoint folder: config.json and tensors read by name, whole or in slices."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from poweropd_megatron.errors import InputError
+
+INDEX_NAME = "model.safetensors.index.json"
+
+
+def read_json(path: Path, setting: str) -> dict[str, Any]:
+    """Return the JSON object in a file of a model folder.
+
+    Raises: InputError naming the setting, the file, and what is wrong with it.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{setting}: {path} is missing; expected a Hugging Face folder") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{setting}: {path} can't be read as JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{setting}: {path} holds a {type(value).__name__}, expected an object")
+    return value
+
+
+class HFFolder:
+    """Tensors of the *.safetensors files in a folder, through their index where there is one."""
+
+    def __init__(self, path: str | Path, *, setting: str) -> None:
+        """Read which file holds which tensor.
+
+        Raises: InputError if the folder or a file is missing or not in safetensors format.
+        """
+        self.path = Path(path)
+        self.setting = setting
+        if not self.path.is_dir():
+            raise InputError(f"{setting}: {self.path.absolute()} is not a folder")
+        self._file_of = dict(self._locate())
+        if not self._file_of:
+            raise InputError(f"{setting}: no *.safetensors file in {self.path.absolute()}")
+
+    def names(self) -> frozenset[str]:
+        """Return the names of all tensors."""
+        return frozenset(self._file_of)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a tensor without reading it."""
+        with self._open(self._file(name)) as file:
+            return tuple(file.get_slice(name).get_shape())
+
+    def read(self, name: str, *, dim: int = 0, start: int = 0, length: int | None = None) -> Any:
+        """Return a tensor, or `length` rows (dim 0) or columns (dim 1) of it from `start`.
+
+        Raises: InputError if the tensor is absent or its file is truncated.
+        """
+        with self._open(self._file(name)) as file:
+            if length is None:
+                return file.get_tensor(name)
+            index = (slice(None),) * dim + (slice(start, start + length),)
+            return file.get_slice(name)[index]
+
+    def _file(self, name: str) -> Path:
+        if name not in self._file_of:
+            raise InputError(f"{self.setting}: {self.path} has no tensor {name}")
+        return self.path / self._file_of[name]
+
+    def _locate(self) -> Iterator[tuple[str, str]]:
+        index_path = self.path / INDEX_NAME
+        if index_path.exists():
+            weight_map = read_json(index_path, self.setting).get("weight_map")
+            if not isinstance(weight_map, dict):
+                raise InputError(f"{self.setting}: {index_path} has no weight_map")
+            for file_name in sorted(set(weight_map.values())):
+                if not (self.path / file_name).is_file():
+                    raise InputError(f"{self.setting}: {self.path / file_name} is missing")
+            yield from weight_map.items()
+            return
+        for file_path in sorted(self.path.glob("*.safetensors")):
+            with self._open(file_path) as file:
+                for name in file.keys():  # noqa: SIM118 (not a mapping)
+                    yield name, file_path.name
+
+    @contextmanager
+    def _open(self, path: Path) -> Iterator[Any]:
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, framework="pt", device="cpu") as file:
+                yield file
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{self.setting}: {path} can't be read: {error}") from None

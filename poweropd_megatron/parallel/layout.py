@@ -1,0 +1,123 @@
+"""Which ranks do what for one model: its process groups and this rank's place in them."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.hyper_comm_grid import HyperCommGrid
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from poweropd_megatron.config.schema import ParallelConfig
+
+_GRID_DIMS = ["tp", "cp", "ep", "dp", "pp"]
+_GRID_GROUPS = {
+    "tp": ["tp"],
+    "cp": ["cp"],
+    "ep": ["ep"],
+    "dp": ["dp"],
+    "pp": ["pp"],
+    "mp": ["tp", "pp"],
+    "tp_cp": ["tp", "cp"],
+    "dp_cp": ["dp", "cp"],
+    "tp_ep": ["tp", "ep"],
+    "tp_ep_pp": ["tp", "ep", "pp"],
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """This rank's place in one model's process groups; the student and the teacher each have their own."""
+
+    parallel: ParallelConfig
+    groups: ProcessGroupCollection
+    device: torch.device
+
+    @property
+    def tp_rank(self) -> int:
+        """Return which shard of each layer this rank holds."""
+        return dist.get_rank(self.groups.tp)
+
+    @property
+    def tp_size(self) -> int:
+        """Return how many ranks share each layer."""
+        return dist.get_world_size(self.groups.tp)
+
+    @property
+    def pp_rank(self) -> int:
+        """Return which pipeline stage this rank is."""
+        return dist.get_rank(self.groups.pp)
+
+    @property
+    def pp_size(self) -> int:
+        """Return the number of pipeline stages."""
+        return dist.get_world_size(self.groups.pp)
+
+    @property
+    def dp_rank(self) -> int:
+        """Return which share of the batch this rank's model copy works on."""
+        return dist.get_rank(self.groups.dp)
+
+    @property
+    def dp_size(self) -> int:
+        """Return the number of model copies."""
+        return dist.get_world_size(self.groups.dp)
+
+    @property
+    def is_first_stage(self) -> bool:
+        """Return True where the embedding is."""
+        return self.pp_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Return True where the LM head is."""
+        return self.pp_rank == self.pp_size - 1
+
+    @property
+    def speaks_for_model(self) -> bool:
+        """Return True on one rank of each model copy: the first that sees the head's results."""
+        return self.is_last_stage and self.tp_rank == 0
+
+    @property
+    def speaker(self) -> int:
+        """Return the global rank that speaks for this rank's model copy."""
+        last_stage = dist.get_process_group_ranks(self.groups.pp)[-1]
+        return last_stage - self.tp_rank
+
+
+def student_layout(parallel: ParallelConfig, device: torch.device, *, seed: int) -> Layout:
+    """Return the student's layout, after setting up Megatron's own parallel state with it.
+
+    Order of ranks, as Megatron's default: tensor fastest, then data, then pipeline.
+    """
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    return Layout(parallel=parallel, groups=groups, device=device)
+
+
+def teacher_layout(parallel: ParallelConfig, student: Layout) -> Layout:
+    """Return the teacher's layout over the same ranks: the student's groups where both are cut alike."""
+    if parallel == student.parallel:
+        return student
+    data_parallel_size = dist.get_world_size() // parallel.model_parallel_size
+    grid = HyperCommGrid(
+        [
+            parallel.tensor_model_parallel_size,
+            1,
+            1,
+            data_parallel_size,
+            parallel.pipeline_model_parallel_size,
+        ],
+        _GRID_DIMS,
+        backend=dist.get_backend(),
+    )
+    groups = ProcessGroupCollection()
+    for name, dims in _GRID_GROUPS.items():
+        setattr(groups, name, grid.create_pg(dims))
+    groups.expt_tp = groups.tp
+    groups.embd = groups.pos_embd = None
+    return Layout(parallel=parallel, groups=groups, device=student.device)

@@ -1,0 +1,78 @@
+"""The ranks of the job: starting, agreeing on errors, and sharing rows that one rank of each model copy knows."""
+
+import os
+from collections.abc import Callable
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from poweropd_megatron.errors import UserError
+from poweropd_megatron.parallel import cpu_device
+
+
+def world_size_from_environment() -> int:
+    """Return the number of ranks that torchrun started, 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def start(*, timeout_minutes: float) -> torch.device:
+    """Return this rank's device, after joining the job: NCCL with a GPU a rank, gloo on CPUs."""
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+        backend = "nccl"
+    else:
+        device = torch.device("cpu")
+        cpu_device.install()
+        backend = "gloo"
+    for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "localhost")):
+        os.environ.setdefault(name, default)
+    if os.environ["WORLD_SIZE"] == "1":
+        os.environ.setdefault("MASTER_PORT", "0")
+    dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
+    return device
+
+
+def agreed[T](step: Callable[[], T]) -> T:
+    """Return what `step` returns, if it raised a UserError on no rank; else raise the first rank's on all.
+
+    Without it, an error on some ranks would leave the others waiting in their next collective.
+    Cost: one all_gather_object.
+    """
+    result: T | None = None
+    error: UserError | None = None
+    try:
+        result = step()
+    except UserError as raised:
+        error = raised
+    errors: list[UserError | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(errors, error)
+    for rank, found in enumerate(errors):
+        if found is not None:
+            if errors.count(None) == 0:
+                raise found
+            raise type(found)(f"{found} (on rank {rank})")
+    return result  # type: ignore[return-value]
+
+
+def share_rows(
+    rows: Tensor, indices: Tensor, shape: tuple[int, ...], *, speaks: bool, device: torch.device
+) -> Tensor:
+    """Return, on every rank, the whole tensor whose rows the speaking ranks hold; on the CPU.
+
+    Shapes: rows [len(indices), ...] where `speaks`; indices of these rows in the result; result `shape`.
+    Each row must come from one speaking rank. Exact: the others add zero.
+    Cost: one all_reduce of the result over all ranks, whatever the model's layout.
+    """
+    whole = torch.zeros(shape, dtype=rows.dtype, device=device)
+    if speaks:
+        whole[indices.to(device)] = rows.to(device)
+    dist.all_reduce(whole)
+    return whole.cpu()
+
+
+def own_rows(num_rows: int, *, rank: int, size: int) -> Tensor:
+    """Return the indices of the contiguous share of rows that data-parallel rank `rank` of `size` works on."""
+    return torch.arange(num_rows).tensor_split(size)[rank]

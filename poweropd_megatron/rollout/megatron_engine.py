@@ -1,0 +1,238 @@
+"""The in-process rollout engine: the student's own Megatron modules, weights and layout, with a KV cache.
+
+Shapes: B sequences decoded together, S positions of the longest prompt, Vp vocabulary columns on this rank.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.utils import set_model_to_sequence_parallel
+from torch import Tensor
+
+from poweropd_megatron.models.kv_cache import KVCache, attached
+from poweropd_megatron.models.scoring import NextToken, next_token_logits
+from poweropd_megatron.parallel.layout import Layout
+from poweropd_megatron.parallel.pipeline import forward_stage
+from poweropd_megatron.parallel.world import own_rows, share_rows
+from poweropd_megatron.rollout.sampling import Sampling, draw_tokens, uniforms
+from poweropd_megatron.rollout.trajectories import FINISH_LENGTH, FINISH_STOP, Trajectories
+
+
+@dataclass(kw_only=True)
+class _Responses:
+    """The responses of this rank's rows, as they grow: [rows, max_new_tokens]."""
+
+    token_ids: Tensor
+    logp: Tensor
+    truncated_mass: Tensor
+    lengths: Tensor
+    finish: Tensor
+
+    @classmethod
+    def empty(cls, rows: int, max_new_tokens: int) -> "_Responses":
+        return cls(
+            token_ids=torch.zeros(rows, max_new_tokens, dtype=torch.int64),
+            logp=torch.zeros(rows, max_new_tokens),
+            truncated_mass=torch.zeros(rows, max_new_tokens),
+            lengths=torch.zeros(rows, dtype=torch.int64),
+            finish=torch.full((rows,), FINISH_LENGTH),
+        )
+
+
+class MegatronRolloutEngine:
+    """Decodes with the student itself, so rollouts and training agree to rounding, and no weights are sent.
+
+    Each data-parallel rank decodes its own share of the prompts, `micro_batch_size` at a time; sequences leave the
+    batch when they end. The last pipeline stage draws the tokens and tells the others.
+    """
+
+    def __init__(
+        self,
+        chunk: GPTModel,
+        layout: Layout,
+        *,
+        vocab_size: int,
+        stop_token_ids: Sequence[int],
+        micro_batch_size: int,
+        seed: int,
+    ) -> None:
+        self._chunk = chunk
+        self._layout = layout
+        self._vocab_size = vocab_size
+        self._stop_token_ids = torch.tensor(sorted(stop_token_ids))
+        self._micro_batch_size = micro_batch_size
+        self._seed = seed
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        *,
+        stream: tuple[int, ...],
+        weight_version: int,
+    ) -> Trajectories:
+        """Return one response for each prompt; see RolloutEngine.
+
+        Cost: one forward a token and micro-batch; with TP a gather of the logits and with TP or PP a broadcast of the
+        tokens each; at the end one all_reduce of each field of the trajectories.
+        """
+        rows = own_rows(len(prompts), rank=self._layout.dp_rank, size=self._layout.dp_size)
+        responses = _Responses.empty(len(rows), sampling.max_new_tokens)
+        with self._decoding_mode():
+            for part in torch.arange(len(rows)).split(self._micro_batch_size):
+                own_prompts = [prompts[i] for i in rows[part].tolist()]
+                self._decode(own_prompts, rows[part], part, responses, sampling, stream)
+        return self._assemble(prompts, rows, responses, weight_version)
+
+    @contextmanager
+    def _decoding_mode(self) -> Iterator[None]:
+        """Put the model into evaluation, without sequence parallelism: a decoding step has one position."""
+        was_training = self._chunk.training
+        sequence_parallel = self._layout.parallel.sequence_parallel
+        self._chunk.eval()
+        if sequence_parallel:
+            set_model_to_sequence_parallel(self._chunk, False)
+        try:
+            yield
+        finally:
+            self._chunk.rotary_pos_emb.positions_B = None
+            if sequence_parallel:
+                set_model_to_sequence_parallel(self._chunk, True)
+            self._chunk.train(was_training)
+
+    def _decode(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sequences: Tensor,
+        slots: Tensor,
+        responses: _Responses,
+        sampling: Sampling,
+        stream: tuple[int, ...],
+    ) -> None:
+        """Decode prompts together into their slots of `responses`; `sequences` are their numbers in the batch."""
+        lengths_B = torch.tensor([len(prompt) for prompt in prompts], device=self._layout.device)
+        token_ids = torch.zeros(len(prompts), int(lengths_B.max()), dtype=torch.int64)
+        for row, prompt in enumerate(prompts):
+            token_ids[row, : len(prompt)] = torch.tensor(prompt)
+        uniform_BT = torch.from_numpy(
+            np.stack(
+                [
+                    uniforms(
+                        seed=self._seed, stream=stream, sequence=i, count=sampling.max_new_tokens
+                    )
+                    for i in sequences.tolist()
+                ]
+            )
+        )
+        cache = KVCache(len(self._chunk.decoder.layers), lengths_B)
+        last_position_B = lengths_B - 1
+        with attached([self._chunk], [cache]):
+            for step in range(sampling.max_new_tokens):
+                logits = forward_stage(
+                    self._chunk,
+                    self._layout,
+                    token_ids,
+                    output_processor=next_token_logits,
+                    context=NextToken(
+                        last_position_B=last_position_B, tp_group=self._layout.groups.tp
+                    ),
+                )
+                tokens_B = self._draw(logits, uniform_BT[:, step], step, slots, responses, sampling)
+                goes_on = torch.nonzero(~torch.isin(tokens_B, self._stop_token_ids))[:, 0]
+                if len(goes_on) == 0 or step == sampling.max_new_tokens - 1:
+                    break
+                if len(goes_on) < len(slots):
+                    slots, uniform_BT = slots[goes_on], uniform_BT[goes_on]
+                    tokens_B = tokens_B[goes_on]
+                    cache.keep_rows(goes_on.to(self._layout.device))
+                token_ids = tokens_B[:, None]
+                last_position_B = torch.zeros_like(cache.lengths_B)
+                self._chunk.rotary_pos_emb.positions_B = cache.advance()
+
+    def _draw(
+        self,
+        logits_BVp: Tensor | None,
+        uniform_B: Tensor,
+        step: int,
+        slots: Tensor,
+        responses: _Responses,
+        sampling: Sampling,
+    ) -> Tensor:
+        """Return the next token of each row, on all ranks of the model copy, and note it in `responses`."""
+        whole = None if logits_BVp is None else self._gather_vocabulary(logits_BVp)
+        drawn = torch.zeros(3, len(slots), dtype=torch.float64, device=self._layout.device)
+        if whole is not None:
+            drawn[0], drawn[1], drawn[2] = draw_tokens(whole, uniform_B, sampling)
+        if dist.get_world_size(self._layout.groups.mp) > 1:
+            dist.broadcast(drawn, src=self._layout.speaker, group=self._layout.groups.mp)
+        drawn = drawn.cpu()
+        tokens_B = drawn[0].long()
+        responses.token_ids[slots, step] = tokens_B
+        responses.logp[slots, step] = drawn[1].float()
+        responses.truncated_mass[slots, step] = drawn[2].float()
+        responses.lengths[slots] = step + 1
+        responses.finish[slots[torch.isin(tokens_B, self._stop_token_ids)]] = FINISH_STOP
+        return tokens_B
+
+    def _gather_vocabulary(self, logits_BVp: Tensor) -> Tensor | None:
+        """Return the logits over the whole vocabulary, without padding, on the rank that draws."""
+        if self._layout.tp_size == 1:
+            return logits_BVp[:, : self._vocab_size]
+        shards = (
+            [torch.empty_like(logits_BVp) for _ in range(self._layout.tp_size)]
+            if self._layout.speaks_for_model
+            else None
+        )
+        dist.gather(logits_BVp, shards, dst=self._layout.speaker, group=self._layout.groups.tp)
+        return None if shards is None else torch.cat(shards, dim=1)[:, : self._vocab_size]
+
+    def _assemble(
+        self,
+        prompts: Sequence[Sequence[int]],
+        rows: Tensor,
+        responses: _Responses,
+        weight_version: int,
+    ) -> Trajectories:
+        """Return the trajectories of all prompts, put together from every data-parallel rank's rows."""
+
+        def share(part: Tensor) -> Tensor:
+            return share_rows(
+                part,
+                rows,
+                (len(prompts), *part.shape[1:]),
+                speaks=self._layout.speaks_for_model,
+                device=self._layout.device,
+            )
+
+        lengths_B = share(responses.lengths)
+        longest = int(lengths_B.max())
+        prompt_lengths_B = torch.tensor([len(prompt) for prompt in prompts])
+        total_lengths_B = prompt_lengths_B + lengths_B
+        shape = (len(prompts), int(total_lengths_B.max()))
+        token_ids_BT = torch.zeros(shape, dtype=torch.int64)
+        for row, prompt in enumerate(prompts):
+            token_ids_BT[row, : len(prompt)] = torch.tensor(prompt)
+        in_response_BR = torch.arange(longest) < lengths_B[:, None]
+        position_BR = prompt_lengths_B[:, None] + torch.arange(longest)
+        row_BR = torch.arange(len(prompts))[:, None].expand_as(position_BR)
+        at = (row_BR[in_response_BR], position_BR[in_response_BR])
+
+        def place(whole: Tensor, response_BR: Tensor) -> Tensor:
+            whole[at] = response_BR[:, :longest][in_response_BR]
+            return whole
+
+        return Trajectories(
+            token_ids_BT=place(token_ids_BT, share(responses.token_ids)),
+            prompt_lengths_B=prompt_lengths_B,
+            total_lengths_B=total_lengths_B,
+            finish_B=share(responses.finish),
+            behaviour_logp_BT=place(torch.zeros(shape), share(responses.logp)),
+            truncated_mass_BT=place(torch.zeros(shape), share(responses.truncated_mass)),
+            weight_version=weight_version,
+        )

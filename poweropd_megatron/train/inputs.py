@@ -1,0 +1,131 @@
+"""Everything that a run reads before it touches a model, checked while an error costs nothing."""
+
+import os
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+
+from poweropd_megatron.config import rules
+from poweropd_megatron.config.schema import TrainConfig
+from poweropd_megatron.data.answers import AnswerChecker, build_answer_checker
+from poweropd_megatron.data.prompts import Prompt, load_prompts
+from poweropd_megatron.data.tokenizer import Tokenizer, check_same_vocabulary
+from poweropd_megatron.errors import ConfigError, InputError
+from poweropd_megatron.models.hf_folder import HFFolder
+from poweropd_megatron.models.qwen3 import Qwen3Config
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunInputs:
+    """Model shapes, tokenizer, prompts and the answer checker of a run."""
+
+    student: Qwen3Config
+    teacher: Qwen3Config
+    tokenizer: Tokenizer
+    teacher_eos_id: int
+    train_prompts: list[Prompt]
+    eval_prompts: dict[str, list[Prompt]]
+    """By file stem, in the order of data.eval_files."""
+    answer_checker: AnswerChecker
+
+
+def read_inputs(config: TrainConfig, *, world_size: int) -> RunInputs:
+    """Return the inputs of a run.
+
+    Raises: ConfigError or InputError naming the setting: impossible layouts, folders that hold no Qwen3, tokenizers
+    that differ, bad prompt files, prompts and responses longer than a model's positions.
+    """
+    rules.check(config, world_size)
+    _check_output_dir(config.output_dir)
+    models = {}
+    for name, part in (("student", config.student), ("teacher", config.teacher)):
+        setting = f"{name}.path"
+        model = Qwen3Config.from_folder(part.path, setting=setting)
+        HFFolder(part.path, setting=setting)
+        rules.check_model_layout(
+            "student" if name == "student" else "teacher",
+            part.parallel,
+            num_layers=model.num_layers,
+            num_attention_heads=model.num_attention_heads,
+            num_query_groups=model.num_query_groups,
+            ffn_hidden_size=model.ffn_hidden_size,
+        )
+        models[name] = model
+    student, teacher = models["student"], models["teacher"]
+    tokenizer = Tokenizer.from_folder(config.student.path, setting="student.path")
+    teacher_tokenizer = Tokenizer.from_folder(config.teacher.path, setting="teacher.path")
+    check_same_vocabulary(tokenizer, teacher_tokenizer)
+    _check_vocabulary_sizes(student, teacher, tokenizer)
+    train_prompts = load_prompts(
+        config.data.train_files,
+        tokenizer,
+        config.data,
+        setting="data.train_files",
+        need_answers=False,
+    )
+    eval_prompts = load_prompts(
+        config.data.eval_files,
+        tokenizer,
+        config.data,
+        setting="data.eval_files",
+        need_answers=True,
+    )
+    inputs = RunInputs(
+        student=student,
+        teacher=teacher,
+        tokenizer=tokenizer,
+        teacher_eos_id=teacher_tokenizer.eos_token_id,
+        train_prompts=train_prompts,
+        eval_prompts={
+            source: list(prompts)[: config.eval.max_prompts]
+            for source, prompts in groupby(eval_prompts, key=lambda prompt: prompt.source)
+        },
+        answer_checker=build_answer_checker(config.data),
+    )
+    _check_lengths(config, inputs)
+    return inputs
+
+
+def _check_output_dir(output_dir: str) -> None:
+    path = Path(output_dir)
+    if path.exists() and not path.is_dir():
+        raise ConfigError(f"output_dir: {path.absolute()} is a file; name a folder")
+    existing = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    if not os.access(existing, os.W_OK):
+        raise ConfigError(f"output_dir: {existing} can't be written to; name another folder")
+
+
+def _check_vocabulary_sizes(
+    student: Qwen3Config, teacher: Qwen3Config, tokenizer: Tokenizer
+) -> None:
+    if student.vocab_size > teacher.vocab_size:
+        raise ConfigError(
+            f"student.path has vocab_size {student.vocab_size}, more than teacher.path's "
+            f"{teacher.vocab_size}: the teacher couldn't score every token that the student generates"
+        )
+    if tokenizer.vocab_size > student.vocab_size:
+        raise InputError(
+            f"student.path: the tokenizer has {tokenizer.vocab_size} tokens, but config.json "
+            f"says vocab_size {student.vocab_size}"
+        )
+
+
+def _check_lengths(config: TrainConfig, inputs: RunInputs) -> None:
+    """Refuse responses that could run past the positions that a model was made for."""
+    longest_train = max(len(prompt.token_ids) for prompt in inputs.train_prompts)
+    needs = [
+        ("rollout.max_new_tokens", config.rollout.max_new_tokens, longest_train, "student"),
+        ("rollout.max_new_tokens", config.rollout.max_new_tokens, longest_train, "teacher"),
+    ]
+    evaluated = [prompt for prompts in inputs.eval_prompts.values() for prompt in prompts]
+    if evaluated:
+        longest_eval = max(len(prompt.token_ids) for prompt in evaluated)
+        needs.append(("eval.max_new_tokens", config.eval.max_new_tokens, longest_eval, "student"))
+    for setting, new_tokens, prompt_length, name in needs:
+        model = inputs.student if name == "student" else inputs.teacher
+        if prompt_length + new_tokens > model.max_position_embeddings:
+            raise ConfigError(
+                f"{setting} = {new_tokens} after a prompt of {prompt_length} tokens exceeds the {name}'s "
+                f"max_position_embeddings ({model.max_position_embeddings}): use at most "
+                f"{model.max_position_embeddings - prompt_length}, or set data.max_prompt_length lower"
+            )

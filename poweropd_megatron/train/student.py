@@ -1,0 +1,229 @@
+"""The student: its weights, Megatron's data parallelism and optimizer around them, and one policy-gradient step.
+
+Shapes: B sequences, T tokens, N tokens of a micro-batch in the loss.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.models.gpt import GPTModel
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from poweropd_megatron.config.schema import TrainConfig
+from poweropd_megatron.errors import NonFiniteError
+from poweropd_megatron.models.build import TORCH_DTYPES, build_model
+from poweropd_megatron.models.qwen3 import Qwen3Config
+from poweropd_megatron.models.scoring import score_chosen
+from poweropd_megatron.objectives.labels import Labels
+from poweropd_megatron.objectives.loss import policy_gradient_loss
+from poweropd_megatron.objectives.rewards import Reward
+from poweropd_megatron.ops.logprob import TokenLogprobs
+from poweropd_megatron.parallel.layout import Layout
+from poweropd_megatron.parallel.world import own_rows, share_rows
+from poweropd_megatron.rollout.trajectories import Trajectories
+from poweropd_megatron.train.microbatches import MicroBatch, plan
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudentOutcome:
+    """What one update did, the same on every rank.
+
+    Shapes: logp_BT and entropy_BT fp32 on the CPU, 0 outside the loss.
+    """
+
+    logp_BT: Tensor
+    entropy_BT: Tensor
+    grad_norm: float
+    learning_rate: float
+
+
+class Student:
+    """A Qwen3 that learns: DistributedDataParallel, Megatron's Adam and learning-rate schedule."""
+
+    def __init__(self, config: TrainConfig, model: Qwen3Config, layout: Layout) -> None:
+        """Load the student's shards and build the optimizer over them.
+
+        Raises: InputError if the folder's tensors don't fit.
+        """
+        self.layout = layout
+        self.vocab_size = model.vocab_size
+        self._micro_batch_size = config.micro_batch_size
+        [self.chunk] = build_model(
+            model,
+            layout,
+            folder=config.student.path,
+            dtype=config.student.dtype,
+            setting="student.path",
+        )
+        self.chunk.config.finalize_model_grads_func = finalize_model_grads
+        self._ddp = DistributedDataParallel(
+            self.chunk.config,
+            DistributedDataParallelConfig(
+                use_distributed_optimizer=config.optimizer.use_distributed_optimizer,
+                grad_reduce_in_fp32=True,
+            ),
+            self.chunk,
+        )
+        self.optimizer, self.schedule = _build_optimizer(config, self._ddp)
+
+    def update(
+        self,
+        trajectories: Trajectories,
+        labels: Labels,
+        teacher_logp_BT: Tensor,
+        reward: Reward,
+    ) -> StudentOutcome:
+        """Return the outcome of one forward, backward and optimizer step over the whole batch.
+
+        log p_S comes out of the forward that is differentiated, so the reward is never stale. Each rank works on its
+        data-parallel share; the gradient is that of the mean over all tokens in the loss of the global batch.
+        Raises: NonFiniteError on every rank, before the weights change, if a log-prob or the gradient isn't finite.
+        """
+        rows = own_rows(
+            trajectories.num_sequences, rank=self.layout.dp_rank, size=self.layout.dp_size
+        )
+        micro_batches = plan(
+            trajectories, labels.mask_BT, rows, self.layout, micro_batch_size=self._micro_batch_size
+        )
+        self._ddp.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        results = get_forward_backward_func()(
+            forward_step_func=partial(
+                self._forward_step, labels=labels, teacher_logp_BT=teacher_logp_BT, reward=reward
+            ),
+            data_iterator=iter(micro_batches),
+            model=[self._ddp],
+            num_microbatches=len(micro_batches),
+            seq_length=trajectories.token_ids_BT.shape[1],
+            micro_batch_size=self._micro_batch_size,
+        )
+        logp_BT, entropy_BT = self._collect(results, rows, trajectories.token_ids_BT.shape)
+        _check_finite("log-probs of the student", logp_BT)
+        self.optimizer.prepare_grads()
+        _check_finite("gradient norm", torch.tensor(float(self.optimizer.get_grad_norm())))
+        learning_rate = self.optimizer.param_groups[0]["lr"]
+        _, grad_norm, _ = self.optimizer.step()
+        self.schedule.step(increment=1)
+        return StudentOutcome(
+            logp_BT=logp_BT,
+            entropy_BT=entropy_BT,
+            grad_norm=float(grad_norm),
+            learning_rate=learning_rate,
+        )
+
+    def _forward_step(
+        self,
+        micro_batches: Iterator[MicroBatch],
+        ddp: DistributedDataParallel,
+        *,
+        labels: Labels,
+        teacher_logp_BT: Tensor,
+        reward: Reward,
+    ) -> tuple[Any, Any]:
+        """Return the model's output and its loss function, as Megatron's schedules ask for them."""
+        micro_batch = next(micro_batches)
+        chosen = micro_batch.chosen(
+            labels.student_BT,
+            vocab_size=self.vocab_size,
+            tp_group=self.layout.groups.tp,
+            device=self.layout.device,
+        )
+        output = ddp(
+            input_ids=micro_batch.token_ids_bS.to(self.layout.device),
+            position_ids=None,
+            attention_mask=None,
+            output_processor=score_chosen,
+            output_processor_context=chosen,
+        )
+        teacher_logp_N = micro_batch.cut(teacher_logp_BT)[micro_batch.mask_bS]
+
+        def loss(scores: TokenLogprobs) -> tuple[Tensor, Tensor, tuple[MicroBatch, TokenLogprobs]]:
+            reward_N = reward(teacher_logp_N.to(scores.logp_N.device), scores.logp_N)
+            num_tokens = torch.tensor(len(reward_N), dtype=torch.int, device=scores.logp_N.device)
+            detached = TokenLogprobs(scores.logp_N.detach(), scores.entropy_N)
+            return (
+                policy_gradient_loss(scores.logp_N, reward_N),
+                num_tokens,
+                (micro_batch, detached),
+            )
+
+        return output, loss
+
+    def _collect(
+        self,
+        results: list[tuple[MicroBatch, TokenLogprobs]],
+        rows: Tensor,
+        shape: torch.Size,
+    ) -> tuple[Tensor, Tensor]:
+        """Return log-probs and entropies of the whole batch, on every rank."""
+        both = torch.zeros(2, *shape)
+        for micro_batch, scores in results:
+            micro_batch.put(both[0], scores.logp_N)
+            micro_batch.put(both[1], scores.entropy_N)
+        shared = share_rows(
+            both[:, rows].transpose(0, 1),
+            rows,
+            (shape[0], 2, shape[1]),
+            speaks=self.layout.speaks_for_model,
+            device=self.layout.device,
+        )
+        return shared[:, 0], shared[:, 1]
+
+
+def _build_optimizer(
+    config: TrainConfig, ddp: DistributedDataParallel
+) -> tuple[Any, OptimizerParamScheduler]:
+    settings = config.optimizer
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer="adam",
+            lr=settings.lr,
+            min_lr=settings.min_lr,
+            weight_decay=settings.weight_decay,
+            adam_beta1=settings.adam_beta1,
+            adam_beta2=settings.adam_beta2,
+            adam_eps=settings.adam_eps,
+            clip_grad=settings.clip_grad,
+            bf16=config.student.dtype == "bf16",
+            params_dtype=TORCH_DTYPES[config.student.dtype],
+            use_distributed_optimizer=settings.use_distributed_optimizer,
+        ),
+        [ddp],
+    )
+    schedule = OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=settings.lr,
+        min_lr=settings.min_lr,
+        lr_warmup_steps=settings.lr_warmup_iters,
+        lr_decay_steps=settings.lr_decay_iters or config.train_steps,
+        lr_decay_style=settings.lr_decay_style,
+        start_wd=settings.weight_decay,
+        end_wd=settings.weight_decay,
+        wd_incr_steps=0,
+        wd_incr_style="constant",
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
+    )
+    return optimizer, schedule
+
+
+def _check_finite(what: str, values: Tensor) -> None:
+    bad = int((~values.isfinite()).sum())
+    if bad:
+        raise NonFiniteError(
+            f"{bad} of {values.numel()} values of the {what} are not finite; the weights were not changed. "
+            "Lower optimizer.lr, set optimizer.clip_grad, or try objective.kind = 'power'"
+        )

@@ -1,0 +1,71 @@
+"""The frozen teacher: log-probs of the student's tokens, from forwards that keep nothing.
+
+Shapes: B sequences, T tokens.
+"""
+
+import torch
+from torch import Tensor
+
+from poweropd_megatron.config.schema import TeacherConfig
+from poweropd_megatron.models.build import build_model
+from poweropd_megatron.models.qwen3 import Qwen3Config
+from poweropd_megatron.models.scoring import score_chosen
+from poweropd_megatron.objectives.labels import Labels
+from poweropd_megatron.parallel.layout import Layout
+from poweropd_megatron.parallel.pipeline import forward_stage
+from poweropd_megatron.parallel.world import own_rows, share_rows
+from poweropd_megatron.rollout.trajectories import Trajectories
+from poweropd_megatron.train.microbatches import plan
+
+
+class Teacher:
+    """A Qwen3 in its own layout that only scores: no gradients, no optimizer, no copy of the weights."""
+
+    def __init__(self, config: TeacherConfig, model: Qwen3Config, layout: Layout) -> None:
+        """Load the teacher's shards. Raises: InputError if the folder's tensors don't fit."""
+        self._config = config
+        self._vocab_size = model.vocab_size
+        self._layout = layout
+        [self._chunk] = build_model(
+            model, layout, folder=config.path, dtype=config.dtype, setting="teacher.path"
+        )
+        self._chunk.eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def score(self, trajectories: Trajectories, labels: Labels) -> Tensor:
+        """Return log p_T of each token in the loss, [B, T] fp32 on the CPU of every rank; 0 elsewhere.
+
+        Cost: a forward of each sequence on one of the teacher's copies, then one all_reduce of the result.
+        """
+        layout = self._layout
+        rows = own_rows(trajectories.num_sequences, rank=layout.dp_rank, size=layout.dp_size)
+        logp_BT = torch.zeros(trajectories.token_ids_BT.shape)
+        micro_batches = plan(
+            trajectories,
+            labels.mask_BT,
+            rows,
+            layout,
+            micro_batch_size=self._config.micro_batch_size,
+        )
+        for micro_batch in micro_batches:
+            scores = forward_stage(
+                self._chunk,
+                layout,
+                micro_batch.token_ids_bS,
+                output_processor=score_chosen,
+                context=micro_batch.chosen(
+                    labels.teacher_BT,
+                    vocab_size=self._vocab_size,
+                    tp_group=layout.groups.tp,
+                    device=layout.device,
+                ),
+            )
+            if scores is not None:
+                micro_batch.put(logp_BT, scores.logp_N)
+        return share_rows(
+            logp_BT[rows],
+            rows,
+            tuple(logp_BT.shape),
+            speaks=layout.speaks_for_model,
+            device=layout.device,
+        )
