@@ -91,9 +91,11 @@ def check_same_vocabulary(student: Tokenizer, teacher: Tokenizer) -> None:
 
     Raises: ConfigError listing the first differences, naming student.path and teacher.path.
     """
+    student_text, teacher_text = student.backend.to_str(), teacher.backend.to_str()
+    if student_text == teacher_text:
+        return
     differences = _vocabulary_differences(student, teacher)
-    student_json = json.loads(student.backend.to_str())
-    teacher_json = json.loads(teacher.backend.to_str())
+    student_json, teacher_json = json.loads(student_text), json.loads(teacher_text)
     for section in ("normalizer", "pre_tokenizer"):
         if student_json[section] != teacher_json[section]:
             differences.append(f"{section} differs")
