@@ -46,6 +46,7 @@ def write_report(run_dir: Path) -> Path:
     config = _parse(run_dir / "config.toml", config_text, tomllib.loads)
     summary = _parse(run_dir / "summary.json", _read_text(run_dir / "summary.json"), json.loads)
     diagnostics = _read_records(run_dir / "diagnostics.jsonl")
+    samples = _read_records(run_dir / "samples.jsonl")
     evaluations = [record for record in metrics if evaluation_measures(record)]
     template = resources.files("poweropd_megatron.telemetry").joinpath("report.html")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
@@ -57,7 +58,7 @@ def write_report(run_dir: Path) -> Path:
         tables=_evaluation_tables(evaluations),
         evaluated_steps=[record["step"] for record in evaluations],
         figures=_figures(metrics, diagnostics, config),
-        samples=_sample_pairs(_read_records(run_dir / "samples.jsonl")),
+        samples=_sample_pairs(samples),
         last_metrics=sorted(metrics[-1].items()) if metrics else [],
         config_text=config_text,
         number=format_number,
