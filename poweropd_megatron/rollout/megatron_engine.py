@@ -130,6 +130,7 @@ class MegatronRolloutEngine:
                 ]
             )
         )
+        self._chunk.rotary_pos_emb.positions_B = None
         cache = KVCache(len(self._chunk.decoder.layers), lengths_B)
         last_position_B = lengths_B - 1
         with attached([self._chunk], [cache]):
