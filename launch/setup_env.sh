@@ -134,7 +134,7 @@ list_candidates() {
     for name in "${PYENV_ROOT:-${HOME:-}/.pyenv}"/versions/3.1[2-9]*/bin/python3; do
         [[ -x $name ]] && echo "$name"
     done
-    uv python find --system --no-project '>=3.12' 2>/dev/null || true
+    UV_PYTHON_PREFERENCE=only-managed uv python find --system --no-project '>=3.12' 2>/dev/null || true
 }
 
 # Prints a Python that can make environments. Version managers leave shims of versions that
