@@ -85,7 +85,7 @@ def _report(run_dir: Path) -> None:
 
 
 def _rank() -> int:
-    return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")))
+    return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,134 @@
+"""The student as a Hugging Face folder, gathered from its shards one parameter at a time."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import Tensor
+
+from poweropd_megatron.errors import InputError
+from poweropd_megatron.models import hf_weights
+from poweropd_megatron.models.build import layer_numbers
+from poweropd_megatron.models.hf_folder import INDEX_NAME, HFFolder
+from poweropd_megatron.models.qwen3 import Qwen3Config
+from poweropd_megatron.parallel.layout import Layout
+from poweropd_megatron.parallel.world import agreed
+from poweropd_megatron.train.student import Student
+
+MAX_SHARD_BYTES = 5 * 10**9
+
+
+def export(student: Student, model: Qwen3Config, *, reference: str, target: Path) -> Path:
+    """Return `target`, a folder that `transformers` loads. Called by all ranks.
+
+    One rank of each pipeline stage writes its layers, in files of at most 5 GB; every other file (tokenizer,
+    config.json, generation_config.json) is copied from the folder that the student came from. The folder appears by
+    one rename; an older export is replaced.
+    Cost: a gather of each parameter over the tensor-parallel ranks; memory of one output file on the writers.
+    Raises: InputError on all ranks if the files can't be written, or don't hold exactly the reference's tensors.
+    """
+    layout = student.layout
+    partial = target.with_name(f".{target.name}.partial")
+    is_first = dist.get_rank() == 0
+    agreed(lambda: _copy_other_files(Path(reference), partial) if is_first else None)
+    written = agreed(lambda: _write_stage(student, model, layout, partial))
+    by_rank: list[dict[str, dict[str, int]]] = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(by_rank, written)
+    agreed(lambda: _finish(by_rank, model, partial, target, reference) if is_first else None)
+    return target
+
+
+def _copy_other_files(reference: Path, partial: Path) -> None:
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    for source in sorted(reference.iterdir()):
+        if source.is_file() and source.suffix != ".safetensors" and source.name != INDEX_NAME:
+            shutil.copyfile(source, partial / source.name)
+
+
+def _write_stage(
+    student: Student, model: Qwen3Config, layout: Layout, partial: Path
+) -> dict[str, dict[str, int]]:
+    """Return file -> tensor -> bytes of what this rank wrote: nothing but on one rank of each stage."""
+    writes = layout.tp_rank == 0 and layout.dp_rank == 0
+    written: dict[str, dict[str, int]] = {}
+    pending: dict[str, Tensor] = {}
+
+    def flush() -> None:
+        if pending:
+            name = f"stage{layout.pp_rank:03d}-{len(written):05d}.safetensors"
+            try:
+                save_file(pending, partial / name, metadata={"format": "pt"})
+            except OSError as error:
+                raise InputError(
+                    f"output_dir: {partial / name} can't be written: {error}"
+                ) from None
+            written[name] = {key: value.nbytes for key, value in pending.items()}
+            pending.clear()
+
+    for name, tensor in _stage_tensors(student, model, layout):
+        if writes:
+            if sum(value.nbytes for value in pending.values()) + tensor.nbytes > MAX_SHARD_BYTES:
+                flush()
+            pending[name] = tensor.contiguous()
+    flush()
+    return written
+
+
+def _stage_tensors(
+    student: Student, model: Qwen3Config, layout: Layout
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield this stage's tensors under their Hugging Face names, on the CPU."""
+    rows = {
+        weight.megatron: weight
+        for weight in hf_weights.weights_of(model, layer_numbers(student.chunk))
+    }
+    for name, parameter in student.chunk.named_parameters():
+        weight = rows[name]
+        if name == "output_layer.weight" and model.tie_word_embeddings:
+            continue
+        shard = parameter.detach()
+        shards = [shard]
+        if weight.dim is not None and layout.tp_size > 1:
+            shards = [torch.empty_like(shard) for _ in range(layout.tp_size)]
+            dist.all_gather(shards, shard.contiguous(), group=layout.groups.tp)
+        shards = [part.cpu() for part in shards]
+        yield from hf_weights.to_hugging_face(weight, shards, vocab_size=model.vocab_size)
+
+
+def _finish(
+    by_rank: list[dict[str, dict[str, int]]],
+    model: Qwen3Config,
+    partial: Path,
+    target: Path,
+    reference: str,
+) -> None:
+    """Give the files their final names, write the index, check the tensors, and publish the folder."""
+    files = [(name, sizes) for written in by_rank for name, sizes in sorted(written.items())]
+    weight_map: dict[str, str] = {}
+    for number, (name, sizes) in enumerate(files, start=1):
+        final = (
+            "model.safetensors"
+            if len(files) == 1
+            else f"model-{number:05d}-of-{len(files):05d}.safetensors"
+        )
+        (partial / name).rename(partial / final)
+        weight_map |= dict.fromkeys(sizes, final)
+    if len(files) > 1:
+        total_size = sum(size for _, sizes in files for size in sizes.values())
+        index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
+        (partial / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    expected = HFFolder(reference, setting="student.path").names()
+    if model.tie_word_embeddings:
+        expected -= {"lm_head.weight"}
+    found = HFFolder(partial, setting="export").names()
+    if found != expected:
+        raise InputError(
+            f"export: {partial} differs from student.path in {sorted(found ^ expected)[:5]}"
+        )
+    shutil.rmtree(target, ignore_errors=True)
+    partial.rename(target)

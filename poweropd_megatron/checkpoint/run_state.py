@@ -1,0 +1,110 @@
+"""The whole state of a run at a step: what must be in a checkpoint for a resumed run to be the same run."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+from poweropd_megatron.checkpoint import sharded
+from poweropd_megatron.checkpoint.store import CheckpointStore
+from poweropd_megatron.data.prompts import PromptStream
+from poweropd_megatron.errors import CheckpointError
+from poweropd_megatron.models.qwen3 import Qwen3Config
+from poweropd_megatron.train.student import Student
+
+_RESHARDABLE = {"distrib_optim_sharding_type": "fully_reshardable"}
+
+
+class RunState:
+    """Student, optimizer, schedule, random states and prompt cursor, saved and loaded together."""
+
+    def __init__(
+        self, student: Student, model: Qwen3Config, prompts: PromptStream, store: CheckpointStore
+    ) -> None:
+        self._student = student
+        self._model = asdict(model)
+        self._prompts = prompts
+        self._store = store
+
+    def save(self, step: int) -> Path:
+        """Return the published checkpoint of the state after `step`. Called by all ranks."""
+        state = self._sharded_state(is_loading=False)
+        state["rng"] = _own_rng(_rng_state())
+        state["schedule"] = self._student.schedule.state_dict()
+        state["run"] = {
+            "step": step,
+            "prompts": self._prompts.state_dict(),
+            "model": self._model,
+            "world_size": dist.get_world_size(),
+        }
+        return sharded.save(state, self._store, step)
+
+    def load_latest(self) -> int:
+        """Return the step of the newest checkpoint, after loading it; 0 if there is none. Called by all ranks.
+
+        The parallel layout may differ from the one that saved; random states are restored where the number of ranks
+        is the same (training draws from (seed, step), so nothing depends on them).
+        Raises: CheckpointError if the checkpoint is corrupt or belongs to another model.
+        """
+        steps = self._store.steps()
+        if not steps:
+            return 0
+        checkpoint = self._store.path(steps[-1])
+        sharded.verify_together(checkpoint)
+        run = sharded.load_common(checkpoint)["run"]
+        if run["model"] != self._model:
+            differing = [
+                name for name in self._model if run["model"].get(name) != self._model[name]
+            ]
+            raise CheckpointError(
+                f"{checkpoint} belongs to another student: {differing[0]} was "
+                f"{run['model'].get(differing[0])}, student.path has {self._model[differing[0]]}; "
+                "set student.path back, or choose another output_dir"
+            )
+        state = self._sharded_state(is_loading=True)
+        same_world = run["world_size"] == dist.get_world_size()
+        if same_world:
+            state["rng"] = _own_rng(None)
+        loaded = sharded.load(state, checkpoint)
+        self._student.chunk.load_state_dict(loaded["model"], strict=False)
+        self._student.optimizer.load_state_dict(loaded["optimizer"])
+        self._student.schedule.load_state_dict(loaded["schedule"])
+        self._prompts.load_state_dict(run["prompts"])
+        if same_world:
+            _set_rng_state(loaded["rng"])
+        return int(run["step"])
+
+    def _sharded_state(self, *, is_loading: bool) -> dict[str, Any]:
+        """Return the model and optimizer as Megatron's sharded tensors, without the specs' _extra_state."""
+        model = {
+            name: value
+            for name, value in self._student.chunk.sharded_state_dict().items()
+            if not name.endswith("_extra_state")
+        }
+        optimizer = self._student.optimizer.sharded_state_dict(
+            model, is_loading=is_loading, metadata=_RESHARDABLE
+        )
+        return {"model": model, "optimizer": optimizer}
+
+
+def _own_rng(state: dict[str, Any] | None) -> ShardedObject:
+    return ShardedObject("rng_state", state, (dist.get_world_size(),), (dist.get_rank(),))
+
+
+def _rng_state() -> dict[str, Any]:
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        "megatron": get_cuda_rng_tracker().get_states(),
+    }
+
+
+def _set_rng_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+    get_cuda_rng_tracker().set_states(state["megatron"])

@@ -1,0 +1,119 @@
+"""Megatron's sharded state in and out of a checkpoint folder: global tensors that any layout can load."""
+
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.strategies import torch as megatron_torch
+from torch.distributed import checkpoint as torch_checkpoint
+from torch.distributed.checkpoint.api import CheckpointException
+
+from poweropd_megatron.checkpoint.store import CheckpointStore, digest, read_manifest, verify
+from poweropd_megatron.errors import CheckpointError
+from poweropd_megatron.parallel.world import agreed
+
+
+class _PlainSave(megatron_torch.TorchDistSaveShardedStrategy):  # type: ignore[misc]
+    """Megatron's planner with torch's own file writer.
+
+    Megatron's writer needs CUDA and spawns a process that imports __main__ again; torch's does neither.
+    """
+
+    def save(self, sharded_state_dict: Any, checkpoint_dir: Path) -> None:
+        """Write this rank's shards. Source: TorchDistSaveShardedStrategy.async_save."""
+        state_dict, _, _ = megatron_torch._replace_state_dict_keys_with_sharded_keys(
+            sharded_state_dict, self.keep_only_main_replica
+        )
+        torch_checkpoint.save(
+            megatron_torch.mcore_to_pyt_state_dict(state_dict, False),
+            storage_writer=torch_checkpoint.FileSystemWriter(
+                checkpoint_dir, single_file_per_rank=True, thread_count=1, sync_files=True
+            ),
+            planner=megatron_torch.MCoreSavePlanner(
+                dedup_replicated_tensors=not self.keep_only_main_replica,
+                flatten_state_dict=False,
+                flatten_sharded_tensors=False,
+            ),
+        )
+
+
+def save(state: dict[str, Any], store: CheckpointStore, step: int) -> Path:
+    """Return the published checkpoint of `state`. Called by all ranks.
+
+    Each rank writes its shards; then the files are read back and hashed, the metadata is checked against them, and
+    rank 0 publishes. Raises: CheckpointError on all ranks if any of it fails; nothing becomes visible then.
+    """
+    is_first = dist.get_rank() == 0
+    partial = agreed(lambda: store.begin(step) if is_first else _partial(store, step))
+    try:
+        try:
+            dist_checkpointing.save(state, str(partial), sharded_strategy=_PlainSave())
+        except (CheckpointException, OSError) as error:
+            raise CheckpointError(f"checkpoint of step {step} can't be written: {error}") from error
+        digests = _digests(partial)
+        return agreed(lambda: _publish(store, partial, step, digests))
+    except CheckpointError:
+        if is_first:
+            store.discard(partial)
+        raise
+
+
+def load(state: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
+    """Return `state` with the values of a verified checkpoint. Called by all ranks.
+
+    Raises: CheckpointError if a tensor is missing or has another shape.
+    """
+    try:
+        loaded: dict[str, Any] = dist_checkpointing.load(state, str(checkpoint))
+    except (CheckpointException, CheckpointingException) as error:
+        raise CheckpointError(f"{checkpoint} doesn't fit this run: {error}") from error
+    return loaded
+
+
+def load_common(checkpoint: Path) -> dict[str, Any]:
+    """Return what a verified checkpoint holds beside sharded tensors."""
+    common: dict[str, Any] = dist_checkpointing.load_common_state_dict(str(checkpoint))
+    return common
+
+
+def verify_together(checkpoint: Path) -> None:
+    """Return if the checkpoint's files are intact; the ranks share the reading.
+
+    Raises: CheckpointError on all ranks, naming the file.
+    """
+    agreed(lambda: verify(checkpoint, _own(sorted(read_manifest(checkpoint)))))
+
+
+def _partial(store: CheckpointStore, step: int) -> Path:
+    return store.root / f".{store.path(step).name}.partial"
+
+
+def _own(names: list[str]) -> list[str]:
+    return names[dist.get_rank() :: dist.get_world_size()]
+
+
+def _digests(partial: Path) -> dict[str, str]:
+    """Return the SHA-256 of each file, each read back by one rank."""
+    dist.barrier()
+    names = _own(sorted(file.name for file in partial.iterdir()))
+    parts: list[dict[str, str] | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, {name: digest(partial / name) for name in names})
+    return {name: value for part in parts if part for name, value in part.items()}
+
+
+def _publish(store: CheckpointStore, partial: Path, step: int, digests: dict[str, str]) -> Path:
+    if dist.get_rank() == 0:
+        _check_metadata(partial)
+        store.publish(partial, step, digests)
+    return store.path(step)
+
+
+def _check_metadata(partial: Path) -> None:
+    """Raise CheckpointError unless every stored item lies inside its file."""
+    metadata = torch_checkpoint.FileSystemReader(partial).read_metadata()
+    for index, stored in (metadata.storage_data or {}).items():
+        path = partial / stored.relative_path
+        if not path.is_file() or path.stat().st_size < stored.offset + stored.length:
+            raise CheckpointError(f"{path} was not written completely: {index.fqn} is cut off")

@@ -1,0 +1,71 @@
+"""Putting a run together: layouts, models, rollout engine, evaluator, state."""
+
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from poweropd_megatron.checkpoint.run_state import RunState
+from poweropd_megatron.checkpoint.store import CheckpointStore
+from poweropd_megatron.config.schema import TrainConfig
+from poweropd_megatron.data.prompts import PromptStream
+from poweropd_megatron.objectives.rewards import build_reward
+from poweropd_megatron.parallel import cpu_device
+from poweropd_megatron.parallel.layout import student_layout, teacher_layout
+from poweropd_megatron.parallel.world import agreed
+from poweropd_megatron.rollout.megatron_engine import MegatronRolloutEngine
+from poweropd_megatron.rollout.sampling import Sampling
+from poweropd_megatron.train.evaluation import Evaluator
+from poweropd_megatron.train.inputs import RunInputs
+from poweropd_megatron.train.loop import Run
+from poweropd_megatron.train.recorder import Recorder
+from poweropd_megatron.train.student import Student
+from poweropd_megatron.train.teacher import Teacher
+
+
+def build_run(config: TrainConfig, inputs: RunInputs, device: torch.device) -> Run:
+    """Return the run with its models loaded from their Hugging Face folders. Called by all ranks.
+
+    Raises: InputError on all ranks if a folder's tensors don't fit its config.json.
+    """
+    cpu_device.install()
+    layout = student_layout(config.student.parallel, device, seed=config.seed)
+    student = agreed(lambda: Student(config, inputs.student, layout))
+    frozen_layout = teacher_layout(config.teacher.parallel, layout)
+    teacher = agreed(lambda: Teacher(config.teacher, inputs.teacher, frozen_layout))
+    engine = MegatronRolloutEngine(
+        student.chunk,
+        layout,
+        vocab_size=inputs.student.vocab_size,
+        stop_token_ids=inputs.tokenizer.eos_token_ids,
+        micro_batch_size=config.rollout.micro_batch_size,
+        seed=config.seed,
+    )
+    prompts = PromptStream(inputs.train_prompts, seed=config.seed, shuffle=config.data.shuffle)
+    checkpoints = CheckpointStore(Path(config.output_dir) / "checkpoints")
+    return Run(
+        config=config,
+        prompts=prompts,
+        rollout=engine,
+        sampling=Sampling(
+            max_new_tokens=config.rollout.max_new_tokens,
+            temperature=config.rollout.temperature,
+            top_p=config.rollout.top_p,
+            top_k=config.rollout.top_k,
+        ),
+        student=student,
+        teacher=teacher,
+        teacher_eos_id=inputs.teacher_eos_id,
+        reward=build_reward(config.objective),
+        evaluator=Evaluator(
+            config.eval,
+            inputs.eval_prompts,
+            engine=engine,
+            tokenizer=inputs.tokenizer,
+            checker=inputs.answer_checker,
+            num_logged_samples=config.telemetry.num_logged_samples,
+        ),
+        state=RunState(student, inputs.student, prompts, checkpoints),
+        checkpoints=checkpoints,
+        recorder=Recorder(config, is_first_rank=dist.get_rank() == 0),
+    )

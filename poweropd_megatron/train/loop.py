@@ -1,0 +1,106 @@
+"""The algorithm: generate, score, update; evaluate and save when it is time."""
+
+from dataclasses import dataclass
+
+from poweropd_megatron.checkpoint.run_state import RunState
+from poweropd_megatron.checkpoint.store import CheckpointStore
+from poweropd_megatron.config.schema import TrainConfig
+from poweropd_megatron.data.prompts import PromptStream
+from poweropd_megatron.objectives.labels import label
+from poweropd_megatron.objectives.rewards import Reward
+from poweropd_megatron.rollout.engine import RolloutEngine
+from poweropd_megatron.rollout.sampling import Sampling
+from poweropd_megatron.train.clock import Clock
+from poweropd_megatron.train.evaluation import Evaluation, Evaluator
+from poweropd_megatron.train.recorder import Recorder
+from poweropd_megatron.train.step_metrics import speed_metrics, step_diagnostics, step_metrics
+from poweropd_megatron.train.student import Student
+from poweropd_megatron.train.teacher import Teacher
+
+TRAIN_STREAM = 0
+"""First number of the random streams of training rollouts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """The parts of a run, built and ready."""
+
+    config: TrainConfig
+    prompts: PromptStream
+    rollout: RolloutEngine
+    sampling: Sampling
+    student: Student
+    teacher: Teacher
+    teacher_eos_id: int
+    reward: Reward
+    evaluator: Evaluator
+    state: RunState
+    checkpoints: CheckpointStore
+    recorder: Recorder
+
+
+def train(run: Run, *, first_step: int) -> None:
+    """Run the steps from first_step to train_steps. Called by all ranks."""
+    config, clock = run.config, Clock()
+    for step in range(first_step, config.train_steps + 1):
+        with clock.phase("rollout"):
+            run.recorder.phase("rollout")
+            trajectories = run.rollout.generate(
+                _next_prompts(run),
+                run.sampling,
+                stream=(TRAIN_STREAM, step),
+                weight_version=step - 1,
+            )
+        with clock.phase("teacher"):
+            run.recorder.phase("teacher")
+            labels = label(
+                trajectories, config.objective.terminal, teacher_eos_id=run.teacher_eos_id
+            )
+            teacher_logp_BT = run.teacher.score(trajectories, labels)
+        with clock.phase("student"):
+            run.recorder.phase("student")
+            outcome = run.student.update(trajectories, labels, teacher_logp_BT, run.reward)
+
+        facts = (trajectories, labels, teacher_logp_BT, outcome, run.reward)
+        evaluation = None
+        if _is_due(step, config.eval.interval, config.train_steps):
+            with clock.phase("eval"):
+                evaluation = evaluate(run, step)
+        run.recorder.step(
+            step,
+            step_metrics(*facts) | speed_metrics(clock.read(), trajectories),
+            diagnostics=step_diagnostics(*facts)
+            if _is_due(step, config.telemetry.diagnostics_interval, config.train_steps)
+            else None,
+            evaluation=evaluation,
+        )
+        if _is_due(step, config.checkpoint.interval, config.train_steps):
+            with clock.phase("checkpoint"):
+                save(run, step)
+
+
+def evaluate(run: Run, step: int) -> Evaluation | None:
+    """Return the evaluation of the weights after `step`; None without evaluation prompts."""
+    if not run.config.data.eval_files:
+        return None
+    run.recorder.phase("evaluation")
+    return run.evaluator.evaluate(weight_version=step)
+
+
+def save(run: Run, step: int) -> None:
+    """Publish the state after `step`, then delete the oldest checkpoints beyond checkpoint.keep_last."""
+    run.recorder.phase("checkpoint")
+    path = run.state.save(step)
+    run.recorder.info(f"saved {path}")
+    if run.recorder.is_first_rank:
+        run.checkpoints.prune(run.config.checkpoint.keep_last)
+
+
+def _next_prompts(run: Run) -> list[tuple[int, ...]]:
+    samples = run.config.rollout.num_samples_per_prompt
+    prompts = run.prompts.next_batch(run.config.global_batch_size // samples)
+    return [prompt.token_ids for prompt in prompts for _ in range(samples)]
+
+
+def _is_due(step: int, interval: int, last_step: int) -> bool:
+    return step == last_step or (interval > 0 and step % interval == 0)

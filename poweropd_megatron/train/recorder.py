@@ -1,0 +1,151 @@
+"""Everything that a run tells: the console, metrics.jsonl, diagnostics.jsonl, samples.jsonl, summary, report.
+
+Only rank 0 writes; on the others every method returns at once.
+"""
+
+import statistics
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from poweropd_megatron.config.schema import TrainConfig
+from poweropd_megatron.telemetry.console import Console
+from poweropd_megatron.telemetry.report import write_report
+from poweropd_megatron.telemetry.sinks import JsonlSink, read_jsonl, write_json_atomically
+from poweropd_megatron.train.evaluation import Evaluation
+from poweropd_megatron.train.inputs import RunInputs
+
+
+class Recorder:
+    """The run's voice and memory, on rank 0."""
+
+    def __init__(self, config: TrainConfig, *, is_first_rank: bool) -> None:
+        self._config = config
+        self.folder = Path(config.output_dir)
+        self.is_first_rank = is_first_rank
+        self._metrics = JsonlSink(self.folder / "metrics.jsonl")
+        self._diagnostics = JsonlSink(self.folder / "diagnostics.jsonl")
+        self._samples = JsonlSink(self.folder / "samples.jsonl")
+        self._console: Console | None = None
+
+    @contextmanager
+    def speaking(self) -> Iterator[None]:
+        """Open the console for the length of the block."""
+        if not self.is_first_rank:
+            yield
+            return
+        with Console(
+            self.folder / "train.log",
+            total_steps=self._config.train_steps,
+            log_interval=self._config.telemetry.log_interval,
+        ) as self._console:
+            yield
+
+    def introduce(self, inputs: RunInputs) -> None:
+        """Say what will be trained on what, and warn of settings whose effect is easily overlooked."""
+        config = self._config
+        for name, part, shape in (
+            ("student", config.student, inputs.student),
+            ("teacher", config.teacher, inputs.teacher),
+        ):
+            parallel = part.parallel
+            self.info(
+                f"{name}: {part.path}, {shape.num_layers} layers, hidden {shape.hidden_size}, "
+                f"{part.dtype}, TP {parallel.tensor_model_parallel_size} x "
+                f"PP {parallel.pipeline_model_parallel_size}"
+                + (" with sequence parallelism" if parallel.sequence_parallel else "")
+            )
+        num_eval = sum(len(prompts) for prompts in inputs.eval_prompts.values())
+        self.info(
+            f"prompts: {len(inputs.train_prompts)} to train on, {num_eval} held out; objective: "
+            f"{config.objective.kind}"
+            + (
+                f" with alpha {config.objective.alpha:g}"
+                if config.objective.kind == "power"
+                else ""
+            )
+        )
+        rollout = config.rollout
+        if rollout.temperature != 1 or rollout.top_p < 1 or rollout.top_k:
+            self.warning(
+                f"responses are drawn at temperature {rollout.temperature:g}, top_p {rollout.top_p:g}, "
+                f"top_k {rollout.top_k}, but scored with the whole softmax at temperature 1; "
+                "rollout/truncated_mass and rollout/logp_gap say how far apart that is"
+            )
+
+    def info(self, text: str) -> None:
+        """Say a line."""
+        if self._console:
+            self._console.info(text)
+
+    def warning(self, text: str) -> None:
+        """Say something that the user should look into."""
+        if self._console:
+            self._console.warning(text)
+
+    def phase(self, name: str) -> None:
+        """Show what is being done now."""
+        if self._console:
+            self._console.phase(name)
+
+    def start(self, step: int) -> None:
+        """Begin after `step`, 0 for a new run: what was recorded beyond it, before a crash, is dropped."""
+        if self._console:
+            for sink in (self._metrics, self._diagnostics, self._samples):
+                sink.truncate_after(step or -1)
+            self._console.start(step)
+
+    def step(
+        self,
+        step: int,
+        metrics: Mapping[str, float],
+        *,
+        diagnostics: Mapping[str, Any] | None,
+        evaluation: Evaluation | None,
+    ) -> None:
+        """Record a finished step, and the evaluation after it."""
+        if not self._console:
+            return
+        if diagnostics is not None:
+            self._diagnostics.write({"step": step, **diagnostics})
+        if metrics:
+            self._console.step(step, metrics)
+        evaluated: Mapping[str, float] = {}
+        if evaluation is not None:
+            evaluated = evaluation.metrics
+            self._console.evaluation(step, evaluated)
+            for sample in evaluation.samples:
+                self._samples.write({"step": step, **sample})
+        self._metrics.write({"step": step, **metrics, **evaluated})
+
+    def finish(self, export: Path) -> None:
+        """Write summary.json and report.html, and say what improved and where everything lies."""
+        if not self._console:
+            return
+        summary = summarise(read_jsonl(self._metrics.path), self._config, export)
+        write_json_atomically(self.folder / "summary.json", summary)
+        write_report(self.folder)
+        self._console.finish(summary, self.folder)
+
+
+def summarise(records: list[dict[str, Any]], config: TrainConfig, export: Path) -> dict[str, Any]:
+    """Return the contents of summary.json, from the records of metrics.jsonl."""
+    steps = [record for record in records if record["step"] > 0]
+    evaluations = [
+        {name.removeprefix("eval/"): value for name, value in record.items() if name[:5] == "eval/"}
+        for record in records
+    ]
+    evaluations = [evaluation for evaluation in evaluations if evaluation]
+    norms = [record["grad_norm"] for record in steps]
+    return {
+        "before": evaluations[0] if evaluations else {},
+        "after": evaluations[-1] if evaluations else {},
+        "steps": len(steps),
+        "train_seconds": sum(record["time/step_seconds"] for record in steps),
+        "grad_norm": {"median": statistics.median(norms), "max": max(norms)},
+        "objective": {"kind": config.objective.kind, "alpha": config.objective.alpha},
+        "student": config.student.path,
+        "teacher": config.teacher.path,
+        "export": str(export),
+    }

@@ -1,0 +1,99 @@
+"""A run from its settings to its export: read, check, build or resume, train, export, report."""
+
+import dataclasses
+import fcntl
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from poweropd_megatron.config.load import read_toml, to_toml
+from poweropd_megatron.config.rules import frozen_differences
+from poweropd_megatron.config.schema import TrainConfig
+from poweropd_megatron.errors import ConfigError
+from poweropd_megatron.parallel import world
+from poweropd_megatron.train.inputs import RunInputs, read_inputs
+
+
+def run_training(config: TrainConfig) -> None:
+    """Train, or go on with the run in output_dir. Called by every rank of a torchrun job.
+
+    What can be checked without a model is checked before Megatron is imported.
+    Raises: UserError, on every rank, for anything that the user can mend.
+    """
+    inputs = read_inputs(config, world_size=world.world_size_from_environment())
+    check_same_run(config)
+    device = world.start(timeout_minutes=config.distributed_timeout_minutes)
+    try:
+        with _claimed(config):
+            _train(config, inputs, device)
+    finally:
+        inputs.answer_checker.close()
+        dist.destroy_process_group()
+
+
+def check_same_run(config: TrainConfig) -> None:
+    """Return if output_dir is new, or holds a run with these settings.
+
+    Raises: ConfigError that lists the settings that differ and may not.
+    """
+    path = Path(config.output_dir) / "config.toml"
+    if not path.exists():
+        return
+    differences = frozen_differences(read_toml(path), dataclasses.asdict(config))
+    if differences:
+        raise ConfigError(
+            f"{config.output_dir} holds a run with other settings: {'; '.join(differences)}. "
+            "Choose another output_dir, or set them back to go on with that run"
+        )
+
+
+def _train(config: TrainConfig, inputs: RunInputs, device: torch.device) -> None:
+    from poweropd_megatron.checkpoint.export import export
+    from poweropd_megatron.train import loop
+    from poweropd_megatron.train.build import build_run
+
+    run = build_run(config, inputs, device)
+    with run.recorder.speaking():
+        run.recorder.introduce(inputs)
+        last_step = run.state.load_latest()
+        if last_step > config.train_steps:
+            raise ConfigError(
+                f"train_steps = {config.train_steps}, but {config.output_dir} has a checkpoint of step "
+                f"{last_step}: set train_steps to at least that, or choose another output_dir"
+            )
+        run.recorder.start(last_step)
+        if last_step == 0:
+            run.recorder.step(0, {}, diagnostics=None, evaluation=loop.evaluate(run, 0))
+        loop.train(run, first_step=last_step + 1)
+        folder = export(
+            run.student,
+            inputs.student,
+            reference=config.student.path,
+            target=Path(config.output_dir) / "export",
+        )
+        run.recorder.finish(folder)
+
+
+@contextmanager
+def _claimed(config: TrainConfig) -> Iterator[None]:
+    """Hold output_dir for this run, and write its settings there, on rank 0."""
+    folder = Path(config.output_dir)
+
+    def claim() -> None:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ConfigError(f"output_dir: another run is writing to {folder}") from None
+        (folder / "config.toml").write_text(to_toml(config), encoding="utf-8")
+
+    if dist.get_rank() != 0:
+        world.agreed(lambda: None)
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
+        world.agreed(claim)
+        yield

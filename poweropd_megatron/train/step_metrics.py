@@ -1,0 +1,94 @@
+"""The metrics of one step, from what every rank holds after it.
+
+Shapes: B sequences, T tokens, N tokens in the loss.
+"""
+
+import resource
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from poweropd_megatron.objectives.diagnostics import (
+    reward_by_position,
+    reward_map,
+    reward_metrics,
+)
+from poweropd_megatron.objectives.labels import Labels
+from poweropd_megatron.objectives.loss import policy_gradient_loss
+from poweropd_megatron.objectives.rewards import Reward
+from poweropd_megatron.rollout.trajectories import FINISH_STOP, Trajectories
+from poweropd_megatron.train.student import StudentOutcome
+
+
+def step_metrics(
+    trajectories: Trajectories,
+    labels: Labels,
+    teacher_logp_BT: Tensor,
+    outcome: StudentOutcome,
+    reward: Reward,
+) -> dict[str, float]:
+    """Return the metrics of a step, but for its times, under the names of metrics.jsonl.
+
+    rollout/logp_gap is the largest |log p_S - log p_behaviour|: rounding, unless the sampling distribution isn't
+    the one that is scored (temperature, top-p, top-k), which rollout/truncated_mass quantifies.
+    """
+    mask_BT = labels.mask_BT
+    teacher_logp_N, student_logp_N = teacher_logp_BT[mask_BT], outcome.logp_BT[mask_BT]
+    reward_N = reward(teacher_logp_N, student_logp_N)
+    num_tokens = len(reward_N)
+    response_BT = trajectories.response_mask_BT
+    gap_N = (student_logp_N - trajectories.behaviour_logp_BT[mask_BT]).abs()
+    lengths_B = trajectories.response_lengths_B
+    eos_rate = float((trajectories.finish_B == FINISH_STOP).float().mean())
+    return {
+        "loss": float(policy_gradient_loss(student_logp_N, reward_N)) / max(num_tokens, 1),
+        "grad_norm": outcome.grad_norm,
+        "learning_rate": outcome.learning_rate,
+        **reward_metrics(reward_N, teacher_logp_N, student_logp_N),
+        "entropy": float(outcome.entropy_BT[mask_BT].mean()) if num_tokens else 0.0,
+        "response_length/mean": float(lengths_B.float().mean()),
+        "response_length/max": int(lengths_B.max()),
+        "rollout/eos_rate": eos_rate,
+        "rollout/truncation_rate": 1 - eos_rate,
+        "rollout/truncated_mass": float(trajectories.truncated_mass_BT[response_BT].mean()),
+        "rollout/logp_gap": float(gap_N.max()) if num_tokens else 0.0,
+        "num_tokens": num_tokens,
+    }
+
+
+def speed_metrics(seconds: Mapping[str, float], trajectories: Trajectories) -> dict[str, float]:
+    """Return times, tokens_per_second (prompts and responses over the whole step) and memory/peak_bytes.
+
+    The peak is of this rank's GPU, or of this process on a CPU.
+    """
+    peak = (
+        torch.cuda.max_memory_allocated()
+        if torch.cuda.is_available()
+        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    )
+    num_tokens = int(trajectories.total_lengths_B.sum())
+    return {
+        **seconds,
+        "tokens_per_second": num_tokens / seconds["time/step_seconds"],
+        "memory/peak_bytes": peak,
+    }
+
+
+def step_diagnostics(
+    trajectories: Trajectories,
+    labels: Labels,
+    teacher_logp_BT: Tensor,
+    outcome: StudentOutcome,
+    reward: Reward,
+) -> dict[str, Any]:
+    """Return a record of diagnostics.jsonl: the reward by position and over (p_T, p_S)."""
+    reward_BT = reward(teacher_logp_BT, outcome.logp_BT)
+    mask_BT = labels.mask_BT
+    return {
+        "reward_by_position": reward_by_position(reward_BT, mask_BT, trajectories.prompt_lengths_B),
+        "reward_map": reward_map(
+            reward_BT[mask_BT], teacher_logp_BT[mask_BT], outcome.logp_BT[mask_BT]
+        ),
+    }
