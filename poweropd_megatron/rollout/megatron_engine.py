@@ -85,7 +85,7 @@ class MegatronRolloutEngine:
         rows = own_rows(len(prompts), rank=self._layout.dp_rank, size=self._layout.dp_size)
         responses = _Responses.empty(len(rows), sampling.max_new_tokens)
         with self._decoding_mode():
-            for part in torch.arange(len(rows)).split(self._micro_batch_size):
+            for part in torch.arange(len(rows)).split(self._micro_batch_size) if len(rows) else ():
                 own_prompts = [prompts[i] for i in rows[part].tolist()]
                 self._decode(own_prompts, rows[part], part, responses, sampling, stream)
         return self._assemble(prompts, rows, responses, weight_version)

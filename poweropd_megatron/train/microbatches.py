@@ -64,14 +64,15 @@ def plan(
 ) -> list[MicroBatch]:
     """Return the micro-batches of a data-parallel rank's rows, sequences of like length together.
 
-    Each row is in exactly one; all but the last have micro_batch_size rows. Lengths are rounded up to a multiple of
-    the tensor-parallel size where sequence parallelism needs it.
+    Each row is in exactly one; all but the last have micro_batch_size rows; no rows make none.
+    Lengths are rounded up to a multiple of the tensor-parallel size where sequence parallelism
+    needs it.
     """
     lengths = trajectories.total_lengths_B[rows]
     by_length = rows[lengths.argsort(descending=True, stable=True)]
     multiple = layout.tp_size if layout.parallel.sequence_parallel else 1
     batches = []
-    for rows_b in by_length.split(micro_batch_size):
+    for rows_b in by_length.split(micro_batch_size) if len(rows) else ():
         longest = int(trajectories.total_lengths_B[rows_b].max())
         length = -(-longest // multiple) * multiple
         batches.append(
