@@ -4,7 +4,9 @@ EXIT_CODE_BAD_INPUT = 2
 
 
 class UserError(Exception):
-    """Something the user gave is wrong; the message says what was given, expected, and what to change."""
+    """Something the user gave is wrong; the message says what was given, expected, and what to
+    change.
+    """
 
 
 class ConfigError(UserError):
@@ -20,4 +22,4 @@ class CheckpointError(UserError):
 
 
 class NonFiniteError(RuntimeError):
-    """A NaN or infinity appeared in training; raised on every rank before it reaches the weights."""
+    """A NaN or infinity in training; raised on every rank before it reaches the weights."""

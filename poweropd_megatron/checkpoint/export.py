@@ -25,11 +25,13 @@ MAX_SHARD_BYTES = 5 * 10**9
 def export(student: Student, model: Qwen3Config, *, reference: str, target: Path) -> Path:
     """Return `target`, a folder that `transformers` loads. Called by all ranks.
 
-    One rank of each pipeline stage writes its layers, in files of at most 5 GB; every other file (tokenizer,
-    config.json, generation_config.json) is copied from the folder that the student came from. The folder appears by
-    one rename; an older export is replaced.
-    Cost: a gather of each parameter over the tensor-parallel ranks; memory of one output file on the writers.
-    Raises: InputError on all ranks if the files can't be written, or don't hold exactly the reference's tensors.
+    One rank of each pipeline stage writes its layers, in files of at most 5 GB; every other file
+    (tokenizer, config.json, generation_config.json) is copied from the folder that the student came
+    from. The folder appears by one rename; an older export is replaced.
+    Cost: a gather of each parameter over the tensor-parallel ranks; memory of one output file on
+    the writers.
+    Raises: InputError on all ranks if the files can't be written, or don't hold exactly the
+    reference's tensors.
     """
     layout = student.layout
     partial = target.with_name(f".{target.name}.partial")
@@ -53,7 +55,9 @@ def _copy_other_files(reference: Path, partial: Path) -> None:
 def _write_stage(
     student: Student, model: Qwen3Config, layout: Layout, partial: Path
 ) -> dict[str, dict[str, int]]:
-    """Return file -> tensor -> bytes of what this rank wrote: nothing but on one rank of each stage."""
+    """Return file -> tensor -> bytes of what this rank wrote: nothing but on one rank of each
+    stage.
+    """
     writes = layout.tp_rank == 0 and layout.dp_rank == 0
     written: dict[str, dict[str, int]] = {}
     pending: dict[str, Tensor] = {}
@@ -107,7 +111,7 @@ def _finish(
     target: Path,
     reference: str,
 ) -> None:
-    """Give the files their final names, write the index, check the tensors, and publish the folder."""
+    """Give the files their final names, write the index, check the tensors, and publish."""
     files = [(name, sizes) for written in by_rank for name, sizes in sorted(written.items())]
     weight_map: dict[str, str] = {}
     for number, (name, sizes) in enumerate(files, start=1):

@@ -1,4 +1,6 @@
-"""The whole state of a run at a step: what must be in a checkpoint for a resumed run to be the same run."""
+"""The whole state of a run at a step: what must be in a checkpoint for a resumed run to be the same
+run.
+"""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -44,10 +46,11 @@ class RunState:
         return sharded.save(state, self._store, step)
 
     def load_latest(self) -> int:
-        """Return the step of the newest checkpoint, after loading it; 0 if there is none. Called by all ranks.
+        """Return the step of the newest checkpoint, after loading it; 0 if there is none. Called by
+        all ranks.
 
-        The parallel layout may differ from the one that saved; random states are restored where the number of ranks
-        is the same (training draws from (seed, step), so nothing depends on them).
+        The parallel layout may differ from the one that saved; random states are restored where the
+        number of ranks is the same (training draws from (seed, step), so nothing depends on them).
         Raises: CheckpointError if the checkpoint is corrupt or belongs to another model.
         """
         steps = self._store.steps()
@@ -65,13 +68,14 @@ class RunState:
                 f"{run['model'].get(differing[0])}, student.path has {self._model[differing[0]]}; "
                 "set student.path back, or choose another output_dir"
             )
+        _start_adam(self._student.optimizer)
         state = self._sharded_state(is_loading=True)
         same_world = run["world_size"] == dist.get_world_size()
         if same_world:
             state["rng"] = _own_rng(None)
         loaded = sharded.load(state, checkpoint)
         self._student.chunk.load_state_dict(loaded["model"], strict=False)
-        self._student.optimizer.load_state_dict(loaded["optimizer"])
+        _load_optimizer(self._student.optimizer, loaded["optimizer"])
         self._student.schedule.load_state_dict(loaded["schedule"])
         self._prompts.load_state_dict(run["prompts"])
         if same_world:
@@ -79,7 +83,9 @@ class RunState:
         return int(run["step"])
 
     def _sharded_state(self, *, is_loading: bool) -> dict[str, Any]:
-        """Return the model and optimizer as Megatron's sharded tensors, without the specs' _extra_state."""
+        """Return the model and optimizer as Megatron's sharded tensors, without the specs'
+        _extra_state.
+        """
         model = {
             name: value
             for name, value in self._student.chunk.sharded_state_dict().items()
@@ -89,6 +95,45 @@ class RunState:
             model, is_loading=is_loading, metadata=_RESHARDABLE
         )
         return {"model": model, "optimizer": optimizer}
+
+
+def _start_adam(optimizer: Any) -> None:
+    """Give torch's Adam the state of step 0, which Megatron expects to find before it loads
+    another.
+
+    torch makes it at the first step; Apex's and Transformer Engine's Adam are started by Megatron.
+    """
+    for part in optimizer.chained_optimizers:
+        if not isinstance(part.optimizer, torch.optim.Adam):
+            continue
+        for group in part.optimizer.param_groups:
+            for parameter in group["params"]:
+                part.optimizer.state[parameter] = {
+                    "step": torch.zeros((), dtype=torch.float32),
+                    "exp_avg": torch.zeros_like(parameter),
+                    "exp_avg_sq": torch.zeros_like(parameter),
+                }
+
+
+def _load_optimizer(optimizer: Any, state: dict[str, Any]) -> None:
+    """Load the optimizer's state, also where torch's Adam keeps its step count beside the moments.
+
+    DistributedOptimizer looks for that count among the sharded tensors, where it isn't (megatron-
+    core 0.19.2), so it is set aside while they are loaded.
+    """
+    [part] = optimizer.chained_optimizers
+    sharded_state = state.pop("param_state", None)
+    part.load_state_dict(state)
+    if sharded_state is None:
+        return
+    counts = {
+        parameter: moments.pop("step")
+        for parameter, moments in part.optimizer.state.items()
+        if "step" in moments
+    }
+    part.load_parameter_state_from_fully_reshardable(sharded_state)
+    for parameter, count in counts.items():
+        part.optimizer.state[parameter]["step"] = count
 
 
 def _own_rng(state: dict[str, Any] | None) -> ShardedObject:

@@ -1,4 +1,6 @@
-"""Megatron's sharded state in and out of a checkpoint folder: global tensors that any layout can load."""
+"""Megatron's sharded state in and out of a checkpoint folder: global tensors that any layout can
+load.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -7,8 +9,9 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.strategies import torch as megatron_torch
-from torch.distributed import checkpoint as torch_checkpoint
+from torch.distributed.checkpoint import state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 
 from poweropd_megatron.checkpoint.store import CheckpointStore, digest, read_manifest, verify
 from poweropd_megatron.errors import CheckpointError
@@ -18,7 +21,8 @@ from poweropd_megatron.parallel.world import agreed
 class _PlainSave(megatron_torch.TorchDistSaveShardedStrategy):  # type: ignore[misc]
     """Megatron's planner with torch's own file writer.
 
-    Megatron's writer needs CUDA and spawns a process that imports __main__ again; torch's does neither.
+    Megatron's writer needs CUDA and spawns a process that imports __main__ again; torch's does
+    neither.
     """
 
     def save(self, sharded_state_dict: Any, checkpoint_dir: Path) -> None:
@@ -26,9 +30,9 @@ class _PlainSave(megatron_torch.TorchDistSaveShardedStrategy):  # type: ignore[m
         state_dict, _, _ = megatron_torch._replace_state_dict_keys_with_sharded_keys(
             sharded_state_dict, self.keep_only_main_replica
         )
-        torch_checkpoint.save(
+        state_dict_saver.save(
             megatron_torch.mcore_to_pyt_state_dict(state_dict, False),
-            storage_writer=torch_checkpoint.FileSystemWriter(
+            storage_writer=FileSystemWriter(
                 checkpoint_dir, single_file_per_rank=True, thread_count=1, sync_files=True
             ),
             planner=megatron_torch.MCoreSavePlanner(
@@ -42,8 +46,9 @@ class _PlainSave(megatron_torch.TorchDistSaveShardedStrategy):  # type: ignore[m
 def save(state: dict[str, Any], store: CheckpointStore, step: int) -> Path:
     """Return the published checkpoint of `state`. Called by all ranks.
 
-    Each rank writes its shards; then the files are read back and hashed, the metadata is checked against them, and
-    rank 0 publishes. Raises: CheckpointError on all ranks if any of it fails; nothing becomes visible then.
+    Each rank writes its shards; then the files are read back and hashed, the metadata is checked
+    against them, and rank 0 publishes. Raises: CheckpointError on all ranks if any of it fails;
+    nothing becomes visible then.
     """
     is_first = dist.get_rank() == 0
     partial = agreed(lambda: store.begin(step) if is_first else _partial(store, step))
@@ -112,7 +117,7 @@ def _publish(store: CheckpointStore, partial: Path, step: int, digests: dict[str
 
 def _check_metadata(partial: Path) -> None:
     """Raise CheckpointError unless every stored item lies inside its file."""
-    metadata = torch_checkpoint.FileSystemReader(partial).read_metadata()
+    metadata = FileSystemReader(partial).read_metadata()
     for index, stored in (metadata.storage_data or {}).items():
         path = partial / stored.relative_path
         if not path.is_file() or path.stat().st_size < stored.offset + stored.length:

@@ -1,4 +1,6 @@
-"""A Qwen3 on Megatron-Core, its weights taken straight from a Hugging Face folder into this rank's shards."""
+"""A Qwen3 on Megatron-Core, its weights taken straight from a Hugging Face folder into this rank's
+shards.
+"""
 
 from collections.abc import Sequence
 from typing import Any, cast
@@ -23,9 +25,11 @@ TORCH_DTYPES: dict[DType, torch.dtype] = {"fp32": torch.float32, "bf16": torch.b
 
 
 def padded_vocab_size(vocab_size: int, tp_size: int) -> int:
-    """Return the rows of the embedding over all ranks: the vocabulary, up to the next multiple of TP.
+    """Return the rows of the embedding over all ranks: the vocabulary, up to the next multiple of
+    TP.
 
-    The rows beyond vocab_size are zero, take no part in any softmax, and are never sampled or exported.
+    The rows beyond vocab_size are zero, take no part in any softmax, and are never sampled or
+    exported.
     """
     return -(-vocab_size // tp_size) * tp_size
 
@@ -35,8 +39,9 @@ def transformer_config(
 ) -> TransformerConfig:
     """Return Megatron's configuration of a Qwen3.
 
-    Attention and MLP have no bias and no dropout; losses are summed over tokens, to be divided once by the global
-    count; pipeline stages exchange the shape of each micro-batch, so that each has its own length.
+    Attention and MLP have no bias and no dropout; losses are summed over tokens, to be divided once
+    by the global count; pipeline stages exchange the shape of each micro-batch, so that each has
+    its own length.
     """
     torch_dtype = TORCH_DTYPES[dtype]
     return TransformerConfig(

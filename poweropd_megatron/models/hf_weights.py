@@ -1,7 +1,8 @@
 """Qwen3 weights, Hugging Face <-> Megatron: one table, read in both directions.
 
-A row says which Hugging Face tensors make up one Megatron parameter, along which of their dimensions tensor parallelism
-cuts them, and how the cut pieces are put together. Reading and writing touch one parameter at a time.
+A row says which Hugging Face tensors make up one Megatron parameter, along which of their
+dimensions tensor parallelism cuts them, and how the cut pieces are put together. Reading and
+writing touch one parameter at a time.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,8 +20,8 @@ from poweropd_megatron.models.qwen3 import Qwen3Config
 class Weight:
     """One Megatron parameter and the Hugging Face tensors that it consists of.
 
-    dim is the dimension of the Hugging Face tensors that tensor parallelism cuts (None: replicated);
-    merge and split turn the cut Hugging Face pieces into the Megatron shard and back.
+    dim is the dimension of the Hugging Face tensors that tensor parallelism cuts (None:
+    replicated); merge and split turn the cut Hugging Face pieces into the Megatron shard and back.
     """
 
     megatron: str
@@ -34,20 +35,24 @@ class Weight:
 def layer_weights(config: Qwen3Config, layer: int, *, local_layer: int) -> Iterator[Weight]:
     """Yield the rows of one transformer layer; `local_layer` is its number on its pipeline stage.
 
-    Source: megatron/core/models/gpt/gpt_layer_specs.py (names), megatron/core/transformer/attention.py
-    (rows of linear_qkv: for each KV head its query heads, then its key, then its value).
+    Source: megatron/core/models/gpt/gpt_layer_specs.py (names),
+    megatron/core/transformer/attention.py (rows of linear_qkv: for each KV head its query heads,
+    then its key, then its value).
     """
     ours, theirs = f"decoder.layers.{local_layer}.", f"model.layers.{layer}."
     width = config.kv_channels
     queries_per_group = config.num_attention_heads // config.num_query_groups
 
     def merge_qkv(pieces: Sequence[Tensor]) -> Tensor:
-        query, key, value = (piece.unflatten(0, (-1, rows)) for piece, rows in zip(pieces, _rows))
+        query, key, value = (
+            piece.reshape(-1, rows, piece.shape[-1])
+            for piece, rows in zip(pieces, _rows, strict=True)
+        )
         return torch.cat([query, key, value], dim=1).flatten(0, 1)
 
     def split_qkv(shard: Tensor) -> Sequence[Tensor]:
-        grouped = shard.unflatten(0, (-1, sum(_rows)))
-        return [part.flatten(0, 1) for part in grouped.split(_rows, dim=1)]
+        grouped = shard.reshape(-1, sum(_rows), shard.shape[-1])
+        return [part.flatten(0, 1) for part in torch.split(grouped, _rows, dim=1)]
 
     _rows = [queries_per_group * width, width, width]
     attention, mlp = theirs + "self_attn.", theirs + "mlp."
@@ -128,8 +133,10 @@ def load(
 ) -> None:
     """Fill a pipeline stage's parameters with its shards of a folder's tensors.
 
-    Only the slices that this rank holds are read, one parameter at a time; rows that pad the vocabulary are zero.
-    Raises: InputError if a tensor is missing, has another shape, or a parameter has no row in the table.
+    Only the slices that this rank holds are read, one parameter at a time; rows that pad the
+    vocabulary are zero.
+    Raises: InputError if a tensor is missing, has another shape, or a parameter has no row in the
+    table.
     """
     row_of = {weight.megatron: weight for weight in weights}
     for name, parameter in parameters:

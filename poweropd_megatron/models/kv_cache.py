@@ -5,6 +5,7 @@ Shapes: B sequences, L positions of the longest, Hk key heads on this rank, D ch
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,7 +36,9 @@ class KVCache:
 
 
 class LayerCache:
-    """Keys and values of one layer; grown by doubling, so that it is never far larger than what it holds."""
+    """Keys and values of one layer; grown by doubling, so that it is never far larger than what it
+    holds.
+    """
 
     def __init__(self, owner: KVCache) -> None:
         self._owner = owner
@@ -45,8 +48,10 @@ class LayerCache:
     def extend(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Store what a forward computed, and return the keys, values and mask for its queries.
 
-        Shapes: key and value [B, Hk, S, D]: the right-padded prompts at first, one token a row afterwards.
-        Result: the prompts as given and no mask (causal), or [B, Hk, L, D] twice and a mask [B, 1, 1, L].
+        Shapes: key and value [B, Hk, S, D]: the right-padded prompts at first, one token a row
+        afterwards.
+        Result: the prompts as given and no mask (causal), or [B, Hk, L, D] twice and a mask [B, 1,
+        1, L].
         """
         if self._key_BHLD is None or self._value_BHLD is None:
             self._key_BHLD, self._value_BHLD = key.contiguous(), value.contiguous()
@@ -75,7 +80,7 @@ def _grow(cache_BHLD: Tensor) -> Tensor:
 
 
 @contextmanager
-def attached(chunks: Sequence[torch.nn.Module], caches: Sequence[KVCache]) -> Iterator[None]:
+def attached(chunks: Sequence[Any], caches: Sequence[KVCache]) -> Iterator[None]:
     """Let the core attentions of model chunks use these caches inside the block."""
     attentions = [
         (layer.self_attention.core_attention, layer_cache)

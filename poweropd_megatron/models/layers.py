@@ -1,4 +1,5 @@
-"""The layers that Megatron's local spec lacks on plain torch: RMSNorm, core attention over SDPA, and positions per row.
+"""The layers that Megatron's local spec lacks on plain torch: RMSNorm, core attention over SDPA,
+and positions per row.
 
 Shapes: S positions, B sequences, Hq query heads and Hk key heads on this rank, D channels a head.
 """
@@ -17,7 +18,8 @@ from poweropd_megatron.models.kv_cache import LayerCache
 class RMSNorm(torch.nn.Module):
     """RMSNorm as Qwen3 has it: normalise in fp32, round, then scale.
 
-    Megatron's torch norm refuses sequence parallelism; this one marks its weight for the gradient reduction.
+    Megatron's torch norm refuses sequence parallelism; this one marks its weight for the gradient
+    reduction.
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6) -> None:
@@ -33,7 +35,8 @@ class RMSNorm(torch.nn.Module):
 
 
 class SDPACoreAttention(torch.nn.Module):
-    """Causal grouped-query attention over torch's scaled_dot_product_attention, with an optional KV cache.
+    """Causal grouped-query attention over torch's scaled_dot_product_attention, with an optional KV
+    cache.
 
     Right-padded rows need no mask: no real position looks at a later one.
     """
@@ -73,7 +76,9 @@ class SDPACoreAttention(torch.nn.Module):
 
 
 class RowRotaryEmbedding(RotaryEmbedding):  # type: ignore[misc]
-    """Rotary angles that differ between the rows of a decoding batch, whose sequences have different lengths."""
+    """Rotary angles that differ between the rows of a decoding batch, whose sequences have
+    different lengths.
+    """
 
     positions_B: Tensor | None = None
     """While set: the position of the one token that each row holds."""

@@ -1,7 +1,10 @@
-"""From the decoder's hidden states to the log-probs of chosen tokens, or to the logits of the next one.
+"""From the decoder's hidden states to the log-probs of chosen tokens, or to the logits of the next
+one.
 
-Both are output processors of GPTModel: they receive the last stage's hidden states and the output weight.
-Shapes: S positions, B sequences, N chosen tokens, H hidden, Vp columns of the vocabulary on this rank.
+Both are output processors of GPTModel: they receive the last stage's hidden states and the output
+weight.
+Shapes: S positions, B sequences, N chosen tokens, H hidden, Vp columns of the vocabulary on this
+rank.
 """
 
 from dataclasses import dataclass
@@ -23,7 +26,8 @@ class ChosenTokens:
     """Which positions of a batch are scored, on which label.
 
     Shapes: is_chosen_BS bool, True at the token that is scored (never at position 0);
-    labels_BS int64, the token to score there. The token at position s is predicted from position s - 1.
+    labels_BS int64, the token to score there. The token at position s is predicted from position s
+    - 1.
     """
 
     is_chosen_BS: Tensor
@@ -94,7 +98,9 @@ def _whole_sequence(hidden_SBH: Tensor, config: Any, tp_group: dist.ProcessGroup
 def _logits(
     hidden_NH: Tensor, output_layer: Any, output_weight: Tensor | None, tp_group: dist.ProcessGroup
 ) -> Tensor:
-    """Return [N, Vp]; backward sums the hidden gradient over the ranks, as a column-parallel layer does."""
+    """Return [N, Vp]; backward sums the hidden gradient over the ranks, as a column-parallel layer
+    does.
+    """
     weight_VpH = output_layer.weight if output_weight is None else output_weight
     hidden_NH = copy_to_tensor_model_parallel_region(hidden_NH, group=tp_group)
     return functional.linear(hidden_NH, weight_VpH)

@@ -34,9 +34,10 @@ def label(
 ) -> Labels:
     """Return the labels of a batch under a policy for the final EOS of a response.
 
-    raw: the sampled EOS for both. mask: the final EOS is not in the loss; truncated responses keep all tokens.
-    cross_eos: the teacher is scored on its own EOS. im_end: both are scored on the teacher's EOS, which is then no
-    longer the token that was sampled. Responses that were truncated have no final EOS and are left alone.
+    raw: the sampled EOS for both. mask: the final EOS is not in the loss; truncated responses keep
+    all tokens. cross_eos: the teacher is scored on its own EOS. im_end: both are scored on the
+    teacher's EOS, which is then no longer the token that was sampled. Responses that were truncated
+    have no final EOS and are left alone.
     Source: PowerOPD, terminal stop policies of the released trainer.
     """
     ids_BT = trajectories.token_ids_BT

@@ -19,8 +19,9 @@ def power_reward(teacher_logp_N: Tensor, student_logp_N: Tensor, *, alpha: float
 
     Range: [-1, 1], with the sign of p_T - p_S; 0 for equal log-probs, both of them -inf included.
     Raises: ValueError if alpha <= 0 (the limit alpha -> 0 is the log-ratio: use that reward).
-    Source: PowerOPD, eq. 4, in the form sign(d) exp(alpha max) (1 - exp(-alpha |d|)) with d = log p_T - log p_S:
-    near-equal probabilities keep their relative accuracy, and no exponential overflows.
+    Source: PowerOPD, eq. 4, in the form sign(d) exp(alpha max) (1 - exp(-alpha |d|)) with d = log
+    p_T - log p_S: near-equal probabilities keep their relative accuracy, and no exponential
+    overflows.
     """
     if alpha <= 0:
         raise ValueError(f"alpha must be > 0, got {alpha}; for the log-ratio limit use log_ratio")

@@ -1,4 +1,6 @@
-"""What megatron.core finds under `torch.cuda` on a machine without CUDA: one device, the CPU, without streams."""
+"""What megatron.core finds under `torch.cuda` on a machine without CUDA: one device, the CPU,
+without streams.
+"""
 
 import contextlib
 import time

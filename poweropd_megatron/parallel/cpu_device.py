@@ -1,9 +1,10 @@
 """The CPU as a device for megatron.core, whose code names CUDA in places where a CPU would do.
 
-`install()` binds the name `torch` inside megatron.core's modules, and only there, to a stand-in that sends CUDA-named
-calls to the CPU; the rest of the process keeps the real torch. Four tensor methods can't be reached that way and are
-patched on the class, for calls that fail without CUDA in any case: `cuda`, `to`, `new_empty` with a CUDA device, and
-`type()` as asked by megatron.core, which tells parameters apart by the name "torch.cuda.FloatTensor".
+`install()` binds the name `torch` inside megatron.core's modules, and only there, to a stand-in
+that sends CUDA-named calls to the CPU; the rest of the process keeps the real torch. Four tensor
+methods can't be reached that way and are patched on the class, for calls that fail without CUDA in
+any case: `cuda`, `to`, `new_empty` with a CUDA device, and `type()` as asked by megatron.core,
+which tells parameters apart by the name "torch.cuda.FloatTensor".
 """
 
 import contextlib
@@ -28,7 +29,8 @@ _installed = False
 
 
 def install() -> bool:
-    """Return True if megatron.core now runs on the CPU, False where CUDA is available and nothing was changed.
+    """Return True if megatron.core now runs on the CPU, False where CUDA is available and nothing
+    was changed.
 
     Call it before a model is built; again is harmless, and also reaches modules imported since.
     """
@@ -72,7 +74,9 @@ def _on_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @functools.cache
 def _stand_in() -> types.ModuleType:
-    """Return the module that megatron.core sees as `torch`: torch itself but for what names a CUDA device."""
+    """Return the module that megatron.core sees as `torch`: torch itself but for what names a CUDA
+    device.
+    """
 
     class CpuTorch(types.ModuleType):
         def __getattr__(self, name: str) -> Any:
@@ -87,7 +91,9 @@ def _stand_in() -> types.ModuleType:
 
 
 def _distributed() -> types.ModuleType:
-    """Return torch.distributed with all_to_all_single taking its splits as tensors, as NCCL's callers pass them."""
+    """Return torch.distributed with all_to_all_single taking its splits as tensors, as NCCL's
+    callers pass them.
+    """
 
     class CpuDistributed(types.ModuleType):
         def __getattr__(self, name: str) -> Any:

@@ -19,10 +19,11 @@ def forward_stage(
     output_processor: Callable[..., Any],
     context: Any,
 ) -> Any:
-    """Return what the output processor makes of the last stage's hidden states; None on the other stages.
+    """Return what the output processor makes of the last stage's hidden states; None on the other
+    stages.
 
-    Called by all ranks of a model copy with the same tokens. A stage goes on with its next call as soon as it
-    has handed over its hidden states, so consecutive calls keep all stages busy.
+    Called by all ranks of a model copy with the same tokens. A stage goes on with its next call as
+    soon as it has handed over its hidden states, so consecutive calls keep all stages busy.
     Shapes: token_ids_BS [B, S].
     """
     batch_size, sequence_length = token_ids_BS.shape

@@ -1,4 +1,6 @@
-"""The ranks of the job: starting, agreeing on errors, and sharing rows that one rank of each model copy knows."""
+"""The ranks of the job: starting, agreeing on errors, and sharing rows that one rank of each model
+copy knows.
+"""
 
 import os
 from collections.abc import Callable
@@ -36,7 +38,8 @@ def start(*, timeout_minutes: float) -> torch.device:
 
 
 def agreed[T](step: Callable[[], T]) -> T:
-    """Return what `step` returns, if it raised a UserError on no rank; else raise the first rank's on all.
+    """Return what `step` returns, if it raised a UserError on no rank; else raise the first rank's
+    on all.
 
     Without it, an error on some ranks would leave the others waiting in their next collective.
     Cost: one all_gather_object.
@@ -62,8 +65,8 @@ def share_rows(
 ) -> Tensor:
     """Return, on every rank, the whole tensor whose rows the speaking ranks hold; on the CPU.
 
-    Shapes: rows [len(indices), ...] where `speaks`; indices of these rows in the result; result `shape`.
-    Each row must come from one speaking rank. Exact: the others add zero.
+    Shapes: rows [len(indices), ...] where `speaks`; indices of these rows in the result; result
+    `shape`. Each row must come from one speaking rank. Exact: the others add zero.
     Cost: one all_reduce of the result over all ranks, whatever the model's layout.
     """
     whole = torch.zeros(shape, dtype=rows.dtype, device=device)
@@ -74,5 +77,7 @@ def share_rows(
 
 
 def own_rows(num_rows: int, *, rank: int, size: int) -> Tensor:
-    """Return the indices of the contiguous share of rows that data-parallel rank `rank` of `size` works on."""
+    """Return the indices of the contiguous share of rows that data-parallel rank `rank` of `size`
+    works on.
+    """
     return torch.arange(num_rows).tensor_split(size)[rank]

@@ -20,6 +20,7 @@ class RolloutEngine(Protocol):
     ) -> Trajectories:
         """Return one response for each prompt, in order, the same on every rank.
 
-        `stream` tells this call's random numbers from those of other calls, such as (purpose, step).
+        `stream` tells this call's random numbers from those of other calls, such as (purpose,
+        step).
         """
         ...

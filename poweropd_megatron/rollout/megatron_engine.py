@@ -1,6 +1,8 @@
-"""The in-process rollout engine: the student's own Megatron modules, weights and layout, with a KV cache.
+"""The in-process rollout engine: the student's own Megatron modules, weights and layout, with a KV
+cache.
 
-Shapes: B sequences decoded together, S positions of the longest prompt, Vp vocabulary columns on this rank.
+Shapes: B sequences decoded together, S positions of the longest prompt, Vp vocabulary columns on
+this rank.
 """
 
 from collections.abc import Iterator, Sequence
@@ -45,10 +47,12 @@ class _Responses:
 
 
 class MegatronRolloutEngine:
-    """Decodes with the student itself, so rollouts and training agree to rounding, and no weights are sent.
+    """Decodes with the student itself, so rollouts and training agree to rounding, and no weights
+    are sent.
 
-    Each data-parallel rank decodes its own share of the prompts, `micro_batch_size` at a time; sequences leave the
-    batch when they end. The last pipeline stage draws the tokens and tells the others.
+    Each data-parallel rank decodes its own share of the prompts, `micro_batch_size` at a time;
+    sequences leave the batch when they end. The last pipeline stage draws the tokens and tells the
+    others.
     """
 
     def __init__(
@@ -79,20 +83,24 @@ class MegatronRolloutEngine:
     ) -> Trajectories:
         """Return one response for each prompt; see RolloutEngine.
 
-        Cost: one forward a token and micro-batch; with TP a gather of the logits and with TP or PP a broadcast of the
-        tokens each; at the end one all_reduce of each field of the trajectories.
+        Cost: one forward a token and micro-batch; with TP a gather of the logits and with TP or PP
+        a broadcast of the tokens each; at the end one all_reduce of each field of the trajectories.
         """
         rows = own_rows(len(prompts), rank=self._layout.dp_rank, size=self._layout.dp_size)
         responses = _Responses.empty(len(rows), sampling.max_new_tokens)
         with self._decoding_mode():
-            for part in torch.arange(len(rows)).split(self._micro_batch_size) if len(rows) else ():
+            for part in (
+                torch.split(torch.arange(len(rows)), self._micro_batch_size) if len(rows) else ()
+            ):
                 own_prompts = [prompts[i] for i in rows[part].tolist()]
                 self._decode(own_prompts, rows[part], part, responses, sampling, stream)
         return self._assemble(prompts, rows, responses, weight_version)
 
     @contextmanager
     def _decoding_mode(self) -> Iterator[None]:
-        """Put the model into evaluation, without sequence parallelism: a decoding step has one position."""
+        """Put the model into evaluation, without sequence parallelism: a decoding step has one
+        position.
+        """
         was_training = self._chunk.training
         sequence_parallel = self._layout.parallel.sequence_parallel
         self._chunk.eval()
@@ -115,7 +123,9 @@ class MegatronRolloutEngine:
         sampling: Sampling,
         stream: tuple[int, ...],
     ) -> None:
-        """Decode prompts together into their slots of `responses`; `sequences` are their numbers in the batch."""
+        """Decode prompts together into their slots of `responses`; `sequences` are their numbers in
+        the batch.
+        """
         lengths_B = torch.tensor([len(prompt) for prompt in prompts], device=self._layout.device)
         token_ids = torch.zeros(len(prompts), int(lengths_B.max()), dtype=torch.int64)
         for row, prompt in enumerate(prompts):
@@ -165,7 +175,9 @@ class MegatronRolloutEngine:
         responses: _Responses,
         sampling: Sampling,
     ) -> Tensor:
-        """Return the next token of each row, on all ranks of the model copy, and note it in `responses`."""
+        """Return the next token of each row, on all ranks of the model copy, and note it in
+        `responses`.
+        """
         whole = None if logits_BVp is None else self._gather_vocabulary(logits_BVp)
         drawn = torch.zeros(3, len(slots), dtype=torch.float64, device=self._layout.device)
         if whole is not None:
@@ -200,7 +212,9 @@ class MegatronRolloutEngine:
         responses: _Responses,
         weight_version: int,
     ) -> Trajectories:
-        """Return the trajectories of all prompts, put together from every data-parallel rank's rows."""
+        """Return the trajectories of all prompts, put together from every data-parallel rank's
+        rows.
+        """
 
         def share(part: Tensor) -> Tensor:
             return share_rows(

@@ -1,4 +1,5 @@
-"""Drawing tokens from logits: temperature, top-k, nucleus, and random numbers that no layout changes.
+"""Drawing tokens from logits: temperature, top-k, nucleus, and random numbers that no layout
+changes.
 
 Shapes: B sequences, V vocabulary.
 """

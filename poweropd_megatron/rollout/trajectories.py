@@ -1,4 +1,5 @@
-"""Trajectories: prompts with the responses that the student gave, as plain tensors that every rank holds.
+"""Trajectories: prompts with the responses that the student gave, as plain tensors that every rank
+holds.
 
 Shapes: B sequences, T tokens of the longest sequence (prompt and response), right-padded.
 """
@@ -18,10 +19,10 @@ FINISH_STOP = 1
 class Trajectories:
     """The responses of one rollout, on the CPU, identical on every rank.
 
-    Shapes: token_ids_BT int64, right-padded with 0; prompt_lengths_B and total_lengths_B int64 (tokens);
-    finish_B int64 (FINISH_STOP or FINISH_LENGTH); behaviour_logp_BT fp32, the log-prob of token t under
-    the distribution that it was drawn from, 0 on prompts and padding; truncated_mass_BT fp32, the
-    probability that top-p and top-k removed at that draw.
+    Shapes: token_ids_BT int64, right-padded with 0; prompt_lengths_B and total_lengths_B int64
+    (tokens); finish_B int64 (FINISH_STOP or FINISH_LENGTH); behaviour_logp_BT fp32, the log-prob of
+    token t under the distribution that it was drawn from, 0 on prompts and padding;
+    truncated_mass_BT fp32, the probability that top-p and top-k removed at that draw.
     """
 
     token_ids_BT: Tensor

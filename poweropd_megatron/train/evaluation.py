@@ -1,4 +1,6 @@
-"""How good the student is: greedy accuracy, Avg@k and Pass@k on held-out prompts, with standard errors."""
+"""How good the student is: greedy accuracy, Avg@k and Pass@k on held-out prompts, with standard
+errors.
+"""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -14,7 +16,8 @@ from poweropd_megatron.rollout.sampling import Sampling
 from poweropd_megatron.rollout.trajectories import FINISH_STOP, Trajectories
 
 EVAL_STREAM = 1
-"""First number of the random streams of evaluations; the same numbers at every evaluation of a run."""
+"""First number of the random streams of evaluations; the same numbers at every evaluation of a run.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,8 +60,8 @@ class Evaluator:
     def evaluate(self, *, weight_version: int) -> Evaluation:
         """Return the evaluation of the current weights. Called by all ranks.
 
-        With several files each metric is the mean over the files (as the papers average benchmarks), and each file's
-        own stands under eval/<stem>/.
+        With several files each metric is the mean over the files (as the papers average
+        benchmarks), and each file's own stands under eval/<stem>/.
         """
         by_source: dict[str, dict[str, float]] = {}
         samples: list[dict[str, Any]] = []
@@ -159,7 +162,9 @@ def _shape_metrics(graded: _Graded) -> dict[str, float]:
 
 
 def _mean_over_sources(by_source: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    """Return each metric's mean over files; a standard error is that of the mean of independent files."""
+    """Return each metric's mean over files; a standard error is that of the mean of independent
+    files.
+    """
     tables = list(by_source.values())
     count = len(tables)
     return {

@@ -32,8 +32,9 @@ class RunInputs:
 def read_inputs(config: TrainConfig, *, world_size: int) -> RunInputs:
     """Return the inputs of a run.
 
-    Raises: ConfigError or InputError naming the setting: impossible layouts, folders that hold no Qwen3, tokenizers
-    that differ, bad prompt files, prompts and responses longer than a model's positions.
+    Raises: ConfigError or InputError naming the setting: impossible layouts, folders that hold no
+    Qwen3, tokenizers that differ, bad prompt files, prompts and responses longer than a model's
+    positions.
     """
     rules.check(config, world_size)
     _check_output_dir(config.output_dir)
@@ -101,7 +102,7 @@ def _check_vocabulary_sizes(
     if student.vocab_size > teacher.vocab_size:
         raise ConfigError(
             f"student.path has vocab_size {student.vocab_size}, more than teacher.path's "
-            f"{teacher.vocab_size}: the teacher couldn't score every token that the student generates"
+            f"{teacher.vocab_size}: it couldn't score every token that the student generates"
         )
     if tokenizer.vocab_size > student.vocab_size:
         raise InputError(
@@ -125,7 +126,7 @@ def _check_lengths(config: TrainConfig, inputs: RunInputs) -> None:
         model = inputs.student if name == "student" else inputs.teacher
         if prompt_length + new_tokens > model.max_position_embeddings:
             raise ConfigError(
-                f"{setting} = {new_tokens} after a prompt of {prompt_length} tokens exceeds the {name}'s "
-                f"max_position_embeddings ({model.max_position_embeddings}): use at most "
-                f"{model.max_position_embeddings - prompt_length}, or set data.max_prompt_length lower"
+                f"{setting} = {new_tokens} after a prompt of {prompt_length} tokens exceeds the "
+                f"{name}'s max_position_embeddings ({model.max_position_embeddings}): use at most "
+                f"{model.max_position_embeddings - prompt_length}, or leave out the long prompts"
             )

@@ -88,7 +88,9 @@ def evaluate(run: Run, step: int) -> Evaluation | None:
 
 
 def save(run: Run, step: int) -> None:
-    """Publish the state after `step`, then delete the oldest checkpoints beyond checkpoint.keep_last."""
+    """Publish the state after `step`, then delete the oldest checkpoints beyond
+    checkpoint.keep_last.
+    """
     run.recorder.phase("checkpoint")
     path = run.state.save(step)
     run.recorder.info(f"saved {path}")

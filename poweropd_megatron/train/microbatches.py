@@ -1,7 +1,7 @@
 """Cutting a batch of trajectories into right-padded micro-batches.
 
-Shapes: B sequences of the whole batch, b of a micro-batch, T tokens, S tokens of a micro-batch's longest sequence,
-N tokens in the loss.
+Shapes: B sequences of the whole batch, b of a micro-batch, T tokens, S tokens of a micro-batch's
+longest sequence, N tokens in the loss.
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,8 @@ from poweropd_megatron.rollout.trajectories import Trajectories
 class MicroBatch:
     """Some rows of a batch, cut to their longest sequence.
 
-    Shapes: rows_b the rows' numbers in the batch; token_ids_bS; mask_bS True at the tokens in the loss.
+    Shapes: rows_b the rows' numbers in the batch; token_ids_bS; mask_bS True at the tokens in the
+    loss.
     """
 
     rows_b: Tensor
@@ -31,7 +32,9 @@ class MicroBatch:
         return _cut_or_pad(whole_BT[self.rows_b], self.token_ids_bS.shape[1])
 
     def put(self, whole_BT: Tensor, values_N: Tensor) -> None:
-        """Write one value for each token in the loss, in row-major order, into a tensor of the whole batch."""
+        """Write one value for each token in the loss, in row-major order, into a tensor of the
+        whole batch.
+        """
         part_bS = torch.zeros(self.mask_bS.shape, dtype=whole_BT.dtype)
         part_bS[self.mask_bS] = values_N.detach().to(whole_BT)
         length = min(part_bS.shape[1], whole_BT.shape[1])
@@ -72,7 +75,7 @@ def plan(
     by_length = rows[lengths.argsort(descending=True, stable=True)]
     multiple = layout.tp_size if layout.parallel.sequence_parallel else 1
     batches = []
-    for rows_b in by_length.split(micro_batch_size) if len(rows) else ():
+    for rows_b in torch.split(by_length, micro_batch_size) if len(rows) else ():
         longest = int(trajectories.total_lengths_B[rows_b].max())
         length = -(-longest // multiple) * multiple
         batches.append(

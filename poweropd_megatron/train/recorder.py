@@ -1,4 +1,5 @@
-"""Everything that a run tells: the console, metrics.jsonl, diagnostics.jsonl, samples.jsonl, summary, report.
+"""Everything that a run tells: the console, metrics.jsonl, diagnostics.jsonl, samples.jsonl,
+summary, report.
 
 Only rank 0 writes; on the others every method returns at once.
 """
@@ -43,7 +44,7 @@ class Recorder:
             yield
 
     def introduce(self, inputs: RunInputs) -> None:
-        """Say what will be trained on what, and warn of settings whose effect is easily overlooked."""
+        """Say what is trained on what, and warn of settings whose effect is easily overlooked."""
         config = self._config
         for name, part, shape in (
             ("student", config.student, inputs.student),
@@ -69,9 +70,10 @@ class Recorder:
         rollout = config.rollout
         if rollout.temperature != 1 or rollout.top_p < 1 or rollout.top_k:
             self.warning(
-                f"responses are drawn at temperature {rollout.temperature:g}, top_p {rollout.top_p:g}, "
-                f"top_k {rollout.top_k}, but scored with the whole softmax at temperature 1; "
-                "rollout/truncated_mass and rollout/logp_gap say how far apart that is"
+                f"responses are drawn at temperature {rollout.temperature:g}, "
+                f"top_p {rollout.top_p:g}, top_k {rollout.top_k}, but scored with the whole "
+                "softmax at temperature 1; rollout/truncated_mass and rollout/logp_gap say how "
+                "far apart that is"
             )
 
     def info(self, text: str) -> None:
@@ -90,7 +92,9 @@ class Recorder:
             self._console.phase(name)
 
     def start(self, step: int) -> None:
-        """Begin after `step`, 0 for a new run: what was recorded beyond it, before a crash, is dropped."""
+        """Begin after `step`, 0 for a new run: what was recorded beyond it, before a crash, is
+        dropped.
+        """
         if self._console:
             for sink in (self._metrics, self._diagnostics, self._samples):
                 sink.truncate_after(step or -1)

@@ -61,8 +61,8 @@ def _train(config: TrainConfig, inputs: RunInputs, device: torch.device) -> None
         last_step = run.state.load_latest()
         if last_step > config.train_steps:
             raise ConfigError(
-                f"train_steps = {config.train_steps}, but {config.output_dir} has a checkpoint of step "
-                f"{last_step}: set train_steps to at least that, or choose another output_dir"
+                f"train_steps = {config.train_steps}, but {config.output_dir} has a checkpoint of "
+                f"step {last_step}: set train_steps to at least that, or choose another output_dir"
             )
         run.recorder.start(last_step)
         if last_step == 0:

@@ -31,8 +31,9 @@ def step_metrics(
 ) -> dict[str, float]:
     """Return the metrics of a step, but for its times, under the names of metrics.jsonl.
 
-    rollout/logp_gap is the largest |log p_S - log p_behaviour|: rounding, unless the sampling distribution isn't
-    the one that is scored (temperature, top-p, top-k), which rollout/truncated_mass quantifies.
+    rollout/logp_gap is the largest |log p_S - log p_behaviour|: rounding, unless the sampling
+    distribution isn't the one that is scored (temperature, top-p, top-k), which
+    rollout/truncated_mass quantifies.
     """
     mask_BT = labels.mask_BT
     teacher_logp_N, student_logp_N = teacher_logp_BT[mask_BT], outcome.logp_BT[mask_BT]
@@ -59,7 +60,8 @@ def step_metrics(
 
 
 def speed_metrics(seconds: Mapping[str, float], trajectories: Trajectories) -> dict[str, float]:
-    """Return times, tokens_per_second (prompts and responses over the whole step) and memory/peak_bytes.
+    """Return times, tokens_per_second (prompts and responses over the whole step) and
+    memory/peak_bytes.
 
     The peak is of this rank's GPU, or of this process on a CPU.
     """

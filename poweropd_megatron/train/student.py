@@ -1,9 +1,9 @@
-"""The student: its weights, Megatron's data parallelism and optimizer around them, and one policy-gradient step.
+"""The student: its weights, Megatron's data parallelism and optimizer around them, and one policy-
+gradient step.
 
 Shapes: B sequences, T tokens, N tokens of a micro-batch in the loss.
 """
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +15,6 @@ from megatron.core.distributed import (
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
-from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -87,9 +86,11 @@ class Student:
     ) -> StudentOutcome:
         """Return the outcome of one forward, backward and optimizer step over the whole batch.
 
-        log p_S comes out of the forward that is differentiated, so the reward is never stale. Each rank works on its
-        data-parallel share; the gradient is that of the mean over all tokens in the loss of the global batch.
-        Raises: NonFiniteError on every rank, before the weights change, if a log-prob or the gradient isn't finite.
+        log p_S comes out of the forward that is differentiated, so the reward is never stale. Each
+        rank works on its data-parallel share; the gradient is that of the mean over all tokens in
+        the loss of the global batch.
+        Raises: NonFiniteError on every rank, before the weights change, if a log-prob or the
+        gradient isn't finite.
         """
         rows = own_rows(
             trajectories.num_sequences, rank=self.layout.dp_rank, size=self.layout.dp_size
@@ -224,6 +225,6 @@ def _check_finite(what: str, values: Tensor) -> None:
     bad = int((~values.isfinite()).sum())
     if bad:
         raise NonFiniteError(
-            f"{bad} of {values.numel()} values of the {what} are not finite; the weights were not changed. "
-            "Lower optimizer.lr, set optimizer.clip_grad, or try objective.kind = 'power'"
+            f"{bad} of {values.numel()} values of the {what} are not finite; the weights were not "
+            "changed. Lower optimizer.lr, set optimizer.clip_grad, or try objective.kind = 'power'"
         )

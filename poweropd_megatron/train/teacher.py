@@ -19,7 +19,9 @@ from poweropd_megatron.train.microbatches import plan
 
 
 class Teacher:
-    """A Qwen3 in its own layout that only scores: no gradients, no optimizer, no copy of the weights."""
+    """A Qwen3 in its own layout that only scores: no gradients, no optimizer, no copy of the
+    weights.
+    """
 
     def __init__(self, config: TeacherConfig, model: Qwen3Config, layout: Layout) -> None:
         """Load the teacher's shards. Raises: InputError if the folder's tensors don't fit."""
@@ -33,9 +35,11 @@ class Teacher:
 
     @torch.no_grad()
     def score(self, trajectories: Trajectories, labels: Labels) -> Tensor:
-        """Return log p_T of each token in the loss, [B, T] fp32 on the CPU of every rank; 0 elsewhere.
+        """Return log p_T of each token in the loss, [B, T] fp32 on the CPU of every rank; 0
+        elsewhere.
 
-        Cost: a forward of each sequence on one of the teacher's copies, then one all_reduce of the result.
+        Cost: a forward of each sequence on one of the teacher's copies, then one all_reduce of the
+        result.
         """
         layout = self._layout
         rows = own_rows(trajectories.num_sequences, rank=layout.dp_rank, size=layout.dp_size)
