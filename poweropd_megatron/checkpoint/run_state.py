@@ -118,22 +118,19 @@ def _start_adam(optimizer: Any) -> None:
 def _load_optimizer(optimizer: Any, state: dict[str, Any]) -> None:
     """Load the optimizer's state, also where torch's Adam keeps its step count beside the moments.
 
-    DistributedOptimizer looks for that count among the sharded tensors, where it isn't (megatron-
-    core 0.19.2), so it is set aside while they are loaded.
+    megatron-core 0.19.2 looks for that count among the sharded tensors, where it isn't, so it is
+    set aside while they are loaded; and it gives all parameters one count, which every one of them
+    would then advance, so each gets its own.
     """
     [part] = optimizer.chained_optimizers
     sharded_state = state.pop("param_state", None)
     part.load_state_dict(state)
-    if sharded_state is None:
-        return
-    counts = {
-        parameter: moments.pop("step")
-        for parameter, moments in part.optimizer.state.items()
-        if "step" in moments
-    }
-    part.load_parameter_state_from_fully_reshardable(sharded_state)
-    for parameter, count in counts.items():
-        part.optimizer.state[parameter]["step"] = count
+    moments = [entry for entry in part.optimizer.state.values() if "step" in entry]
+    counts = [entry.pop("step").clone() for entry in moments]
+    if sharded_state is not None:
+        part.load_parameter_state_from_fully_reshardable(sharded_state)
+    for entry, count in zip(moments, counts, strict=True):
+        entry["step"] = count
 
 
 def _own_rng(state: dict[str, Any] | None) -> ShardedObject:
