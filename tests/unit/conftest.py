@@ -6,7 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import settings
 
+settings.register_profile("any speed", deadline=None)
+settings.load_profile("any speed")
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 if TYPE_CHECKING:
