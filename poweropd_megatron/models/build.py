@@ -116,6 +116,7 @@ def build_model(
         chunk.named_parameters(),
         hf_weights.weights_of(model, layer_numbers(chunk)),
         HFFolder(folder, setting=setting),
+        vocab_size=model.vocab_size,
         tp_rank=layout.tp_rank,
         tp_size=layout.tp_size,
     )

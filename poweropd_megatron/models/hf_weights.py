@@ -128,6 +128,7 @@ def load(
     weights: Iterable[Weight],
     folder: HFFolder,
     *,
+    vocab_size: int,
     tp_rank: int,
     tp_size: int,
 ) -> None:
@@ -144,7 +145,8 @@ def load(
             raise InputError(f"{folder.setting}: no Hugging Face tensor is known for {name}")
         weight = row_of[name]
         pieces = [
-            _read_piece(folder, source, weight, tp_rank, tp_size) for source in weight.hugging_face
+            _read_piece(folder, source, weight, vocab_size, tp_rank, tp_size)
+            for source in weight.hugging_face
         ]
         try:
             shard = weight.merge(pieces)
@@ -163,11 +165,19 @@ def load(
             parameter.copy_(shard)
 
 
-def _read_piece(folder: HFFolder, name: str, weight: Weight, tp_rank: int, tp_size: int) -> Tensor:
+def _read_piece(
+    folder: HFFolder, name: str, weight: Weight, vocab_size: int, tp_rank: int, tp_size: int
+) -> Tensor:
     if weight.dim is None:
         whole: Tensor = folder.read(name)
         return whole
-    size = folder.shape(name)[weight.dim]
+    shape = folder.shape(name)
+    if len(shape) != 2 or (weight.is_vocabulary and shape[0] != vocab_size):
+        expected = f"{vocab_size} rows" if weight.is_vocabulary else "two dimensions"
+        raise InputError(
+            f"{folder.setting}: {name} has the shape {shape}, but config.json implies {expected}"
+        )
+    size = shape[weight.dim]
     share = -(-size // tp_size)
     start = min(tp_rank * share, size)
     length = min(share, size - start)

@@ -39,9 +39,9 @@ class Qwen3Config:
 
         def value(name: str, kind: type) -> Any:
             found = raw.get(name)
-            if isinstance(found, bool) or not isinstance(found, kind):
+            if isinstance(found, bool) or not isinstance(found, kind) or found <= 0:
                 raise InputError(
-                    f"{setting}: {config_path}: {name} is {found!r}, expected a number"
+                    f"{setting}: {config_path}: {name} is {found!r}, expected a number above 0"
                 )
             return found
 
@@ -50,14 +50,13 @@ class Qwen3Config:
             raise InputError(
                 f"{setting}: {config_path} has neither rope_theta nor rope_parameters.rope_theta"
             )
-        num_heads = value("num_attention_heads", int)
         return cls(
             num_layers=value("num_hidden_layers", int),
             hidden_size=value("hidden_size", int),
             ffn_hidden_size=value("intermediate_size", int),
-            num_attention_heads=num_heads,
+            num_attention_heads=value("num_attention_heads", int),
             num_query_groups=value("num_key_value_heads", int),
-            kv_channels=raw.get("head_dim") or value("hidden_size", int) // num_heads,
+            kv_channels=value("head_dim", int),
             vocab_size=value("vocab_size", int),
             max_position_embeddings=value("max_position_embeddings", int),
             layernorm_epsilon=value("rms_norm_eps", float),
@@ -72,10 +71,10 @@ def _refuse_what_is_not_modelled(raw: dict[str, Any], path: Path, setting: str) 
         raise InputError(
             f"{setting}: {path} has model_type {model_type!r}; supported is 'qwen3' (dense Qwen3)"
         )
-    scaling = raw.get("rope_scaling") or {}
-    rope_type = (raw.get("rope_parameters") or scaling).get("rope_type", "default")
+    rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
     refused = {
-        "rope_type": rope_type if rope_type != "default" or scaling else None,
+        "rope_type": rope_type if rope_type != "default" else None,
         "use_sliding_window": raw.get("use_sliding_window"),
         "attention_bias": raw.get("attention_bias"),
         "quantization_config": raw.get("quantization_config"),
