@@ -1,0 +1,131 @@
+"""config.json of a Qwen3 in both spellings, and what is refused."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.qwen3_folder import SMALL
+
+from poweropd_megatron.errors import InputError
+from poweropd_megatron.models.qwen3 import Qwen3Config
+
+SETTING = "student.path"
+MISSING = object()
+
+
+def write_config(folder: Path, **changes: Any) -> Path:
+    config = {k: v for k, v in (SMALL | changes).items() if v is not MISSING}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder / "config.json"
+
+
+@pytest.mark.parametrize(
+    "spelling",
+    [
+        {},
+        {"rope_scaling": None},
+        {
+            "rope_theta": MISSING,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0},
+            "torch_dtype": MISSING,
+            "dtype": "bfloat16",
+        },
+    ],
+    ids=["old", "old with null", "transformers-5"],
+)
+def test_both_spellings_give_megatrons_names(tmp_path: Path, spelling: dict[str, Any]) -> None:
+    write_config(tmp_path, **spelling)
+    assert Qwen3Config.from_folder(tmp_path, setting=SETTING) == Qwen3Config(
+        num_layers=2,
+        hidden_size=48,
+        ffn_hidden_size=80,
+        num_attention_heads=4,
+        num_query_groups=2,
+        kv_channels=16,
+        vocab_size=53,
+        max_position_embeddings=128,
+        layernorm_epsilon=1e-5,
+        rotary_base=5000.0,
+        tie_word_embeddings=False,
+    )
+
+
+def test_embeddings_are_untied_unless_it_says_so_and_the_rotary_base_may_be_an_integer(
+    tmp_path: Path,
+) -> None:
+    write_config(tmp_path, tie_word_embeddings=MISSING, rope_theta=1000000)
+    config = Qwen3Config.from_folder(tmp_path, setting=SETTING)
+    assert config.tie_word_embeddings is False
+    assert config.rotary_base == 1e6
+
+
+def test_the_bundled_models_are_read(student_folder: Path, teacher_folder: Path) -> None:
+    student = Qwen3Config.from_folder(student_folder, setting=SETTING)
+    assert student == Qwen3Config.from_folder(teacher_folder, setting="teacher.path")
+    assert (student.num_layers, student.hidden_size, student.kv_channels) == (4, 64, 32)
+    assert student.tie_word_embeddings
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"model_type": "llama"}, "has model_type 'llama'; supported is 'qwen3'"),
+        ({"model_type": "qwen3_moe"}, "has model_type 'qwen3_moe'"),
+        ({"model_type": MISSING}, "has model_type None"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_type = 'yarn' is not supported"),
+        (
+            {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+            "rope_type = 'linear' is not supported",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}},
+            "rope_type = 'yarn' is not supported",
+        ),
+        ({"use_sliding_window": True}, "use_sliding_window = True is not supported"),
+        ({"attention_bias": True}, "attention_bias = True is not supported"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config = .* is not supported"),
+        ({"hidden_act": "gelu"}, "hidden_act = 'gelu' is not supported"),
+        ({"rope_theta": MISSING}, "has neither rope_theta nor rope_parameters.rope_theta"),
+        ({"rope_theta": "10000"}, "has neither rope_theta nor rope_parameters.rope_theta"),
+        ({"num_hidden_layers": MISSING}, "num_hidden_layers is None, expected a number above 0"),
+        ({"hidden_size": "48"}, "hidden_size is '48', expected a number above 0"),
+        ({"vocab_size": True}, "vocab_size is True, expected a number above 0"),
+        ({"num_attention_heads": 4.0}, "num_attention_heads is 4.0, expected a number above 0"),
+        ({"num_attention_heads": 0}, "num_attention_heads is 0, expected a number above 0"),
+        ({"head_dim": MISSING}, "head_dim is None, expected a number above 0"),
+        ({"head_dim": "16"}, "head_dim is '16', expected a number above 0"),
+        ({"head_dim": -16}, "head_dim is -16, expected a number above 0"),
+        ({"rms_norm_eps": MISSING}, "rms_norm_eps is None, expected a number above 0"),
+    ],
+    ids=str,
+)
+def test_what_is_no_dense_qwen3_is_refused_with_the_setting_the_file_and_the_field(
+    tmp_path: Path, changes: dict[str, Any], problem: str
+) -> None:
+    file = write_config(tmp_path, **changes)
+    with pytest.raises(InputError, match=rf"^{SETTING}: {file}:? {problem}"):
+        Qwen3Config.from_folder(tmp_path, setting=SETTING)
+
+
+def test_a_missing_folder_or_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=rf"^{SETTING}: {tmp_path}/none is not a folder$"):
+        Qwen3Config.from_folder(tmp_path / "none", setting=SETTING)
+    with pytest.raises(InputError, match=rf"^{SETTING}: {tmp_path}/config.json is missing"):
+        Qwen3Config.from_folder(tmp_path, setting=SETTING)
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (b"{", "can't be read as JSON"),
+        (b"\xff\xfe{}", "can't be read as JSON"),
+        (b"[]", "holds a list, expected an object"),
+    ],
+)
+def test_a_config_that_is_no_json_object_is_named(
+    tmp_path: Path, content: bytes, problem: str
+) -> None:
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(InputError, match=rf"^{SETTING}: {tmp_path}/config.json {problem}"):
+        Qwen3Config.from_folder(tmp_path, setting=SETTING)
