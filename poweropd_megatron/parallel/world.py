@@ -22,6 +22,8 @@ def world_size_from_environment() -> int:
 def start(*, timeout_minutes: float) -> torch.device:
     """Return this rank's device, after joining the job: NCCL with a GPU a rank, gloo on CPUs."""
     if torch.cuda.is_available():
+        # Megatron's overlap of tensor-parallel communication with GEMMs relies on this order.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
         backend = "nccl"

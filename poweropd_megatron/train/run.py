@@ -2,6 +2,8 @@
 
 import dataclasses
 import fcntl
+import logging
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +25,7 @@ def run_training(config: TrainConfig) -> None:
     What can be checked without a model is checked before Megatron is imported.
     Raises: UserError, on every rank, for anything that the user can mend.
     """
+    _hush_libraries()
     inputs = read_inputs(config, world_size=world.world_size_from_environment())
     check_same_run(config)
     device = world.start(timeout_minutes=config.distributed_timeout_minutes)
@@ -32,6 +35,17 @@ def run_training(config: TrainConfig) -> None:
     finally:
         inputs.answer_checker.close()
         dist.destroy_process_group()
+
+
+def _hush_libraries() -> None:
+    """Keep to themselves what Megatron and torch say at import of optional packages and old names.
+
+    A rank prints some twenty such lines before its first step; errors still come through.
+    """
+    warnings.filterwarnings("ignore", module=r"megatron\.")
+    warnings.filterwarnings("ignore", module=r"torch\.distributed\.", category=FutureWarning)
+    for name in ("megatron.core", "torch.utils.cpp_extension"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def check_same_run(config: TrainConfig) -> None:
