@@ -37,7 +37,7 @@ class Qwen3Config:
         raw = read_json(config_path, setting)
         _refuse_what_is_not_modelled(raw, config_path, setting)
 
-        def value(name: str, kind: type) -> Any:
+        def value(name: str, kind: type[int] | type[float]) -> Any:
             found = raw.get(name)
             if isinstance(found, bool) or not isinstance(found, kind) or found <= 0:
                 raise InputError(
