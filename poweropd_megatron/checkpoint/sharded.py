@@ -51,7 +51,7 @@ def save(state: dict[str, Any], store: CheckpointStore, step: int) -> Path:
     nothing becomes visible then.
     """
     is_first = dist.get_rank() == 0
-    partial = agreed(lambda: store.begin(step) if is_first else _partial(store, step))
+    partial = agreed(lambda: store.begin(step) if is_first else store.partial(step))
     try:
         try:
             dist_checkpointing.save(state, str(partial), sharded_strategy=_PlainSave())
@@ -89,10 +89,6 @@ def verify_together(checkpoint: Path) -> None:
     Raises: CheckpointError on all ranks, naming the file.
     """
     agreed(lambda: verify(checkpoint, _own(sorted(read_manifest(checkpoint)))))
-
-
-def _partial(store: CheckpointStore, step: int) -> Path:
-    return store.root / f".{store.path(step).name}.partial"
 
 
 def _own(names: list[str]) -> list[str]:

@@ -28,6 +28,10 @@ class CheckpointStore:
         """Return where the checkpoint of a step is, or would be."""
         return self.root / f"step_{step:06d}"
 
+    def partial(self, step: int) -> Path:
+        """Return the hidden folder that the checkpoint of a step is written into."""
+        return self.root / f".{self.path(step).name}.partial"
+
     def steps(self) -> list[int]:
         """Return the steps of the published checkpoints, in order."""
         if not self.root.is_dir():
@@ -39,24 +43,27 @@ class CheckpointStore:
         """Return an empty hidden folder for the checkpoint of a step, removing what crashed saves
         left.
 
-        Raises: CheckpointError if that step is published already.
+        Raises: CheckpointError if that step is published already, or the folder can't be made.
         """
         if self.path(step).exists():
             raise CheckpointError(
                 f"{self.path(step)} exists already; checkpoints are never overwritten"
             )
-        self.root.mkdir(parents=True, exist_ok=True)
-        for leftover in self.root.glob(".step_*.partial"):
-            shutil.rmtree(leftover)
-        partial = self.root / f".{self.path(step).name}.partial"
-        partial.mkdir()
+        partial = self.partial(step)
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            for leftover in self.root.glob(".step_*.partial"):
+                shutil.rmtree(leftover)
+            partial.mkdir()
+        except OSError as error:
+            raise CheckpointError(f"{partial} can't be made: {error}") from error
         return partial
 
     def publish(self, partial: Path, step: int, digests: dict[str, str]) -> Path:
         """Make a finished checkpoint visible: manifest, fsync, one rename, fsync of the parent.
 
         digests holds the SHA-256 of each file, read back from the disk.
-        Raises: CheckpointError if the digests don't cover the folder's files.
+        Raises: CheckpointError if the digests don't cover the folder's files, or the disk refuses.
         """
         names = {file.name for file in partial.iterdir()}
         if names != set(digests):
@@ -65,15 +72,17 @@ class CheckpointStore:
             name: {"bytes": (partial / name).stat().st_size, "sha256": digests[name]}
             for name in sorted(names)
         }
-        manifest = partial / MANIFEST_NAME
-        with manifest.open("w", encoding="utf-8") as file:
-            json.dump({"step": step, "files": files}, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        _fsync_folder(partial)
         final = self.path(step)
-        partial.rename(final)
-        _fsync_folder(self.root)
+        try:
+            with (partial / MANIFEST_NAME).open("w", encoding="utf-8") as file:
+                json.dump({"step": step, "files": files}, file, indent=1)
+                file.flush()
+                os.fsync(file.fileno())
+            _fsync_folder(partial)
+            partial.rename(final)
+            _fsync_folder(self.root)
+        except OSError as error:
+            raise CheckpointError(f"{final} can't be published: {error}") from error
         return final
 
     def discard(self, partial: Path) -> None:
@@ -84,7 +93,7 @@ class CheckpointStore:
         """Delete all but the newest checkpoints, and return the steps that are gone."""
         gone = self.steps()[:-keep_last]
         for step in gone:
-            hidden = self.root / f".{self.path(step).name}.partial"
+            hidden = self.partial(step)
             self.path(step).rename(hidden)
             shutil.rmtree(hidden)
         return gone
@@ -101,12 +110,18 @@ def read_manifest(checkpoint: Path) -> dict[str, dict[str, object]]:
 
     Raises: CheckpointError if the manifest is missing or malformed.
     """
+    path = checkpoint / MANIFEST_NAME
     try:
-        files = json.loads((checkpoint / MANIFEST_NAME).read_text(encoding="utf-8"))["files"]
-        return {str(name): dict(entry) for name, entry in files.items()}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        files = json.loads(path.read_text(encoding="utf-8"))["files"]
+        return {
+            str(name): {"bytes": int(entry["bytes"]), "sha256": str(entry["sha256"])}
+            for name, entry in files.items()
+        }
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} can't be read ({error}); {_remedy(checkpoint)}") from None
+    except (TypeError, KeyError, AttributeError):
         raise CheckpointError(
-            f"{checkpoint / MANIFEST_NAME} can't be read ({error}); {_remedy(checkpoint)}"
+            f"{path} is not a manifest of names, bytes and SHA-256; {_remedy(checkpoint)}"
         ) from None
 
 

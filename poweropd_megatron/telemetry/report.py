@@ -119,7 +119,7 @@ def _figures(
         ),
         Figure(
             "Throughput",
-            "Of whole steps.",
+            "Prompts and responses through rollout, teacher and student; evaluations don't count.",
             figures.throughput(metrics),
         ),
         Figure(

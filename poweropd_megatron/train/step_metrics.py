@@ -21,6 +21,8 @@ from poweropd_megatron.objectives.rewards import Reward
 from poweropd_megatron.rollout.trajectories import FINISH_STOP, Trajectories
 from poweropd_megatron.train.student import StudentOutcome
 
+TRAINING_PHASES = ("rollout", "teacher", "student")
+
 
 def step_metrics(
     trajectories: Trajectories,
@@ -60,10 +62,10 @@ def step_metrics(
 
 
 def speed_metrics(seconds: Mapping[str, float], trajectories: Trajectories) -> dict[str, float]:
-    """Return times, tokens_per_second (prompts and responses over the whole step) and
-    memory/peak_bytes.
+    """Return times, tokens_per_second and memory/peak_bytes.
 
-    The peak is of this rank's GPU, or of this process on a CPU.
+    The rate is that of prompts and responses through rollout, teacher and student; evaluations
+    and checkpoints don't count. The peak is of this rank's GPU, or of this process on a CPU.
     """
     peak = (
         torch.cuda.max_memory_allocated()
@@ -71,9 +73,10 @@ def speed_metrics(seconds: Mapping[str, float], trajectories: Trajectories) -> d
         else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     )
     num_tokens = int(trajectories.total_lengths_B.sum())
+    training_seconds = sum(seconds[f"time/{name}_seconds"] for name in TRAINING_PHASES)
     return {
         **seconds,
-        "tokens_per_second": num_tokens / seconds["time/step_seconds"],
+        "tokens_per_second": num_tokens / training_seconds,
         "memory/peak_bytes": peak,
     }
 
