@@ -53,7 +53,7 @@ class CheckpointStore:
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             for leftover in self.root.glob(".step_*.partial"):
-                shutil.rmtree(leftover)
+                shutil.rmtree(leftover, ignore_errors=True)
             partial.mkdir()
         except OSError as error:
             raise CheckpointError(f"{partial} can't be made: {error}") from error

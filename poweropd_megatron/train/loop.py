@@ -89,13 +89,16 @@ def evaluate(run: Run, step: int) -> Evaluation | None:
 
 def save(run: Run, step: int) -> None:
     """Publish the state after `step`, then delete the oldest checkpoints beyond
-    checkpoint.keep_last.
+    checkpoint.keep_last; one that can't be deleted is no reason to stop.
     """
     run.recorder.phase("checkpoint")
     path = run.state.save(step)
     run.recorder.info(f"saved {path}")
     if run.recorder.is_first_rank:
-        run.checkpoints.prune(run.config.checkpoint.keep_last)
+        try:
+            run.checkpoints.prune(run.config.checkpoint.keep_last)
+        except OSError as error:
+            run.recorder.warning(f"an old checkpoint can't be deleted: {error}")
 
 
 def _next_prompts(run: Run) -> list[tuple[int, ...]]:
