@@ -7,19 +7,22 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from poweropd_megatron.errors import InputError
 from poweropd_megatron.models import hf_weights
 from poweropd_megatron.models.build import layer_numbers
-from poweropd_megatron.models.hf_folder import INDEX_NAME, HFFolder
+from poweropd_megatron.models.hf_folder import INDEX_NAME, HFFolder, read_json
 from poweropd_megatron.models.qwen3 import Qwen3Config
 from poweropd_megatron.parallel.layout import Layout
 from poweropd_megatron.parallel.world import agreed
 from poweropd_megatron.train.student import Student
 
 MAX_SHARD_BYTES = 5 * 10**9
+_WEIGHTS = ("*.safetensors", INDEX_NAME, "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.gguf")
+"""Files of the reference that hold other weights than the exported ones."""
 
 
 def export(student: Student, model: Qwen3Config, *, reference: str, target: Path) -> Path:
@@ -27,7 +30,8 @@ def export(student: Student, model: Qwen3Config, *, reference: str, target: Path
 
     One rank of each pipeline stage writes its layers, in files of at most 5 GB; every other file
     (tokenizer, config.json, generation_config.json) is copied from the folder that the student came
-    from. The folder appears by one rename; an older export is replaced.
+    from, but that config.json states the type of the exported tensors. The folder appears by one
+    rename; an older export is replaced.
     Cost: a gather of each parameter over the tensor-parallel ranks; memory of one output file on
     the writers.
     Raises: InputError on all ranks if the files can't be written, or don't hold exactly the
@@ -36,7 +40,8 @@ def export(student: Student, model: Qwen3Config, *, reference: str, target: Path
     layout = student.layout
     partial = target.with_name(f".{target.name}.partial")
     is_first = dist.get_rank() == 0
-    agreed(lambda: _copy_other_files(Path(reference), partial) if is_first else None)
+    dtype = next(student.chunk.parameters()).dtype
+    agreed(lambda: _copy_other_files(Path(reference), partial, dtype) if is_first else None)
     written = agreed(lambda: _write_stage(student, model, layout, partial))
     by_rank: list[dict[str, dict[str, int]]] = [{} for _ in range(dist.get_world_size())]
     dist.all_gather_object(by_rank, written)
@@ -44,12 +49,21 @@ def export(student: Student, model: Qwen3Config, *, reference: str, target: Path
     return target
 
 
-def _copy_other_files(reference: Path, partial: Path) -> None:
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    for source in sorted(reference.iterdir()):
-        if source.is_file() and source.suffix != ".safetensors" and source.name != INDEX_NAME:
-            shutil.copyfile(source, partial / source.name)
+def _copy_other_files(reference: Path, partial: Path, dtype: torch.dtype) -> None:
+    config = read_json(reference / "config.json", "student.path")
+    stated = "dtype" if "dtype" in config else "torch_dtype"
+    dtype_name = str(dtype).removeprefix("torch.")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        for source in sorted(reference.iterdir()):
+            if source.is_file() and not any(source.match(pattern) for pattern in _WEIGHTS):
+                shutil.copyfile(source, partial / source.name)
+        if config.get(stated) != dtype_name:
+            text = json.dumps(config | {stated: dtype_name}, indent=2)
+            (partial / "config.json").write_text(text + "\n", encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"output_dir: {partial} can't be written: {error}") from None
 
 
 def _write_stage(
@@ -67,7 +81,7 @@ def _write_stage(
             name = f"stage{layout.pp_rank:03d}-{len(written):05d}.safetensors"
             try:
                 save_file(pending, partial / name, metadata={"format": "pt"})
-            except OSError as error:
+            except (SafetensorError, OSError) as error:
                 raise InputError(
                     f"output_dir: {partial / name} can't be written: {error}"
                 ) from None
@@ -120,6 +134,7 @@ def _finish(
             if len(files) == 1
             else f"model-{number:05d}-of-{len(files):05d}.safetensors"
         )
+        shutil.copymode(partial / "config.json", partial / name)  # safetensors writes 0600
         (partial / name).rename(partial / final)
         weight_map |= dict.fromkeys(sizes, final)
     if len(files) > 1:
