@@ -2,20 +2,26 @@
 
 import dataclasses
 import fcntl
+import json
 import logging
+import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from poweropd_megatron.checkpoint.store import CheckpointStore
 from poweropd_megatron.config.load import read_toml, to_toml
 from poweropd_megatron.config.rules import frozen_differences
 from poweropd_megatron.config.schema import TrainConfig
 from poweropd_megatron.errors import ConfigError
 from poweropd_megatron.parallel import world
+from poweropd_megatron.telemetry.console import Console
+from poweropd_megatron.telemetry.sinks import replace_text
 from poweropd_megatron.train.inputs import RunInputs, read_inputs
 
 
@@ -28,6 +34,11 @@ def run_training(config: TrainConfig) -> None:
     _hush_libraries()
     inputs = read_inputs(config, world_size=world.world_size_from_environment())
     check_same_run(config)
+    summary = finished_summary(config)
+    if summary is not None:
+        _tell_again(config, summary)
+        inputs.answer_checker.close()
+        return
     device = world.start(timeout_minutes=config.distributed_timeout_minutes)
     try:
         with _claimed(config):
@@ -64,6 +75,28 @@ def check_same_run(config: TrainConfig) -> None:
         )
 
 
+def finished_summary(config: TrainConfig) -> dict[str, Any] | None:
+    """Return summary.json if output_dir holds a run that has reached train_steps and its export."""
+    folder = Path(config.output_dir)
+    checkpoints = CheckpointStore(folder / "checkpoints").steps()
+    if checkpoints[-1:] != [config.train_steps] or not (folder / "export").is_dir():
+        return None
+    path = folder / "summary.json"
+    summary: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    return summary if summary.get("steps") == config.train_steps else None
+
+
+def _tell_again(config: TrainConfig, summary: dict[str, Any]) -> None:
+    """Say on rank 0 what a finished run came to, and write nothing."""
+    if os.environ.get("RANK", "0") == "0":
+        with Console(Path(os.devnull), total_steps=config.train_steps, log_interval=1) as console:
+            console.info(
+                f"{config.output_dir} holds a finished run; a larger train_steps would go on with "
+                "it, another output_dir would start anew"
+            )
+            console.finish(summary, Path(config.output_dir))
+
+
 def _train(config: TrainConfig, inputs: RunInputs, device: torch.device) -> None:
     from poweropd_megatron.checkpoint.export import export
     from poweropd_megatron.train import loop
@@ -78,6 +111,8 @@ def _train(config: TrainConfig, inputs: RunInputs, device: torch.device) -> None
                 f"train_steps = {config.train_steps}, but {config.output_dir} has a checkpoint of "
                 f"step {last_step}: set train_steps to at least that, or choose another output_dir"
             )
+        if run.recorder.is_first_rank:
+            replace_text(Path(config.output_dir) / "config.toml", to_toml(config))
         run.recorder.start(last_step)
         if last_step == 0:
             run.recorder.step(0, {}, diagnostics=None, evaluation=loop.evaluate(run, 0))
@@ -93,21 +128,19 @@ def _train(config: TrainConfig, inputs: RunInputs, device: torch.device) -> None
 
 @contextmanager
 def _claimed(config: TrainConfig) -> Iterator[None]:
-    """Hold output_dir for this run, and write its settings there, on rank 0."""
+    """Hold output_dir for this run, on rank 0."""
     folder = Path(config.output_dir)
+    with ExitStack() as held:
 
-    def claim() -> None:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ConfigError(f"output_dir: another run is writing to {folder}") from None
-        (folder / "config.toml").write_text(to_toml(config), encoding="utf-8")
+        def claim() -> None:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                lock = held.enter_context((folder / ".lock").open("w"))
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ConfigError(f"output_dir: another run is writing to {folder}") from None
+            except OSError as error:
+                raise ConfigError(f"output_dir: {folder} can't be locked: {error}") from None
 
-    if dist.get_rank() != 0:
-        world.agreed(lambda: None)
-        yield
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as lock:
-        world.agreed(claim)
+        world.agreed(claim if dist.get_rank() == 0 else lambda: None)
         yield
