@@ -33,7 +33,8 @@ class HFFolder:
     def __init__(self, path: str | Path, *, setting: str) -> None:
         """Read which file holds which tensor.
 
-        Raises: InputError if the folder or a file is missing or not in safetensors format.
+        Raises: InputError if the folder or a file is missing, truncated or not in safetensors format, or
+        lacks a tensor that the index places in it.
         """
         self.path = Path(path)
         self.setting = setting
@@ -75,8 +76,17 @@ class HFFolder:
             if not isinstance(weight_map, dict):
                 raise InputError(f"{self.setting}: {index_path} has no weight_map")
             for file_name in sorted(set(weight_map.values())):
-                if not (self.path / file_name).is_file():
-                    raise InputError(f"{self.setting}: {self.path / file_name} is missing")
+                file_path = self.path / file_name
+                if not file_path.is_file():
+                    raise InputError(f"{self.setting}: {file_path} is missing")
+                with self._open(file_path) as file:
+                    held = set(file.keys())
+                for name, place in weight_map.items():
+                    if place == file_name and name not in held:
+                        raise InputError(
+                            f"{self.setting}: {file_path} has no tensor {name}, though "
+                            f"{INDEX_NAME} says so"
+                        )
             yield from weight_map.items()
             return
         for file_path in sorted(self.path.glob("*.safetensors")):

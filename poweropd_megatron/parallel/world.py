@@ -35,7 +35,11 @@ def start(*, timeout_minutes: float) -> torch.device:
         os.environ.setdefault(name, default)
     if os.environ["WORLD_SIZE"] == "1":
         os.environ.setdefault("MASTER_PORT", "0")
-    dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
+    dist.init_process_group(
+        backend,
+        timeout=timedelta(minutes=timeout_minutes),
+        device_id=device if device.type == "cuda" else None,
+    )
     return device
 
 

@@ -212,9 +212,7 @@ class MegatronRolloutEngine:
         responses: _Responses,
         weight_version: int,
     ) -> Trajectories:
-        """Return the trajectories of all prompts, put together from every data-parallel rank's
-        rows.
-        """
+        """Return the trajectories of all prompts, from every data-parallel rank's rows."""
 
         def share(part: Tensor) -> Tensor:
             return share_rows(
@@ -238,16 +236,16 @@ class MegatronRolloutEngine:
         row_BR = torch.arange(len(prompts))[:, None].expand_as(position_BR)
         at = (row_BR[in_response_BR], position_BR[in_response_BR])
 
-        def place(whole: Tensor, response_BR: Tensor) -> Tensor:
-            whole[at] = response_BR[:, :longest][in_response_BR]
+        def place(whole: Tensor, own_responses: Tensor) -> Tensor:
+            whole[at] = share(own_responses[:, :longest])[in_response_BR]
             return whole
 
         return Trajectories(
-            token_ids_BT=place(token_ids_BT, share(responses.token_ids)),
+            token_ids_BT=place(token_ids_BT, responses.token_ids),
             prompt_lengths_B=prompt_lengths_B,
             total_lengths_B=total_lengths_B,
             finish_B=share(responses.finish),
-            behaviour_logp_BT=place(torch.zeros(shape), share(responses.logp)),
-            truncated_mass_BT=place(torch.zeros(shape), share(responses.truncated_mass)),
+            behaviour_logp_BT=place(torch.zeros(shape), responses.logp),
+            truncated_mass_BT=place(torch.zeros(shape), responses.truncated_mass),
             weight_version=weight_version,
         )

@@ -92,6 +92,8 @@ def _check_output_dir(output_dir: str) -> None:
     if path.exists() and not path.is_dir():
         raise ConfigError(f"output_dir: {path.absolute()} is a file; name a folder")
     existing = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    if not existing.is_dir():
+        raise ConfigError(f"output_dir: {existing} is a file; name a folder that can be made")
     if not os.access(existing, os.W_OK):
         raise ConfigError(f"output_dir: {existing} can't be written to; name another folder")
 
