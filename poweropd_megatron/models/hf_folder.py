@@ -33,8 +33,8 @@ class HFFolder:
     def __init__(self, path: str | Path, *, setting: str) -> None:
         """Read which file holds which tensor.
 
-        Raises: InputError if the folder or a file is missing, truncated or not in safetensors format, or
-        lacks a tensor that the index places in it.
+        Raises: InputError if the folder or a file is missing, truncated or not in safetensors
+        format, or lacks a tensor that the index places in it.
         """
         self.path = Path(path)
         self.setting = setting
@@ -76,23 +76,24 @@ class HFFolder:
             if not isinstance(weight_map, dict):
                 raise InputError(f"{self.setting}: {index_path} has no weight_map")
             for file_name in sorted(set(weight_map.values())):
-                file_path = self.path / file_name
-                if not file_path.is_file():
-                    raise InputError(f"{self.setting}: {file_path} is missing")
-                with self._open(file_path) as file:
-                    held = set(file.keys())
-                for name, place in weight_map.items():
-                    if place == file_name and name not in held:
-                        raise InputError(
-                            f"{self.setting}: {file_path} has no tensor {name}, though "
-                            f"{INDEX_NAME} says so"
-                        )
+                names = [name for name, place in weight_map.items() if place == file_name]
+                self._check_file_holds(self.path / file_name, names)
             yield from weight_map.items()
             return
         for file_path in sorted(self.path.glob("*.safetensors")):
             with self._open(file_path) as file:
                 for name in file.keys():  # noqa: SIM118 (not a mapping)
                     yield name, file_path.name
+
+    def _check_file_holds(self, path: Path, names: list[str]) -> None:
+        if not path.is_file():
+            raise InputError(f"{self.setting}: {path} is missing")
+        with self._open(path) as file:
+            absent = sorted(set(names) - set(file.keys()))
+        if absent:
+            raise InputError(
+                f"{self.setting}: {path} has no tensor {absent[0]}, though {INDEX_NAME} says so"
+            )
 
     @contextmanager
     def _open(self, path: Path) -> Iterator[Any]:
