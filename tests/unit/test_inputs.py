@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors.torch import load_file
 from support import qwen3_folder
 from support.run_settings import small_run
 
@@ -274,7 +273,6 @@ def test_a_teacher_of_another_shape_and_file_layout_is_accepted(config: TrainCon
     qwen3_folder.write(folder, num_files=3, vocab_size=29)
     teacher = read_inputs(config, world_size=1).teacher
     assert (teacher.num_layers, teacher.vocab_size) == (2, 29)
-    assert len(load_file(folder / "model-00001-of-00003.safetensors")) > 0
 
 
 def test_an_output_folder_that_is_a_file_is_refused(config: TrainConfig, tmp_path: Path) -> None:
