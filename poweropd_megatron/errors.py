@@ -4,9 +4,7 @@ EXIT_CODE_BAD_INPUT = 2
 
 
 class UserError(Exception):
-    """Something the user gave is wrong; the message says what was given, expected, and what to
-    change.
-    """
+    """Something given is wrong; the message says what, what was expected, and what to change."""
 
 
 class ConfigError(UserError):

@@ -69,9 +69,7 @@ def _copy_other_files(reference: Path, partial: Path, dtype: torch.dtype) -> Non
 def _write_stage(
     student: Student, model: Qwen3Config, layout: Layout, partial: Path
 ) -> dict[str, dict[str, int]]:
-    """Return file -> tensor -> bytes of what this rank wrote: nothing but on one rank of each
-    stage.
-    """
+    """Return file -> tensor -> bytes of what was written: empty but on a stage's one writer."""
     writes = layout.tp_rank == 0 and layout.dp_rank == 0
     written: dict[str, dict[str, int]] = {}
     pending: dict[str, Tensor] = {}

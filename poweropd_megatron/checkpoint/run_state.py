@@ -1,6 +1,4 @@
-"""The whole state of a run at a step: what must be in a checkpoint for a resumed run to be the same
-run.
-"""
+"""The whole state of a run at a step: what makes a resumed run the same run."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -46,8 +44,9 @@ class RunState:
         return sharded.save(state, self._store, step)
 
     def load_latest(self) -> int:
-        """Return the step of the newest checkpoint, after loading it; 0 if there is none. Called by
-        all ranks.
+        """Return the newest checkpoint's step, after loading it; 0 if there is none.
+
+        Called by all ranks.
 
         The parallel layout may differ from the one that saved; random states are restored where the
         number of ranks is the same (training draws from (seed, step), so nothing depends on them).
@@ -83,9 +82,7 @@ class RunState:
         return int(run["step"])
 
     def _sharded_state(self, *, is_loading: bool) -> dict[str, Any]:
-        """Return the model and optimizer as Megatron's sharded tensors, without the specs'
-        _extra_state.
-        """
+        """Return model and optimizer as sharded tensors, without the specs' _extra_state."""
         model = {
             name: value
             for name, value in self._student.chunk.sharded_state_dict().items()
@@ -98,8 +95,7 @@ class RunState:
 
 
 def _start_adam(optimizer: Any) -> None:
-    """Give torch's Adam the state of step 0, which Megatron expects to find before it loads
-    another.
+    """Give torch's Adam the state of step 0, which Megatron expects before it loads another.
 
     torch makes it at the first step; Apex's and Transformer Engine's Adam are started by Megatron.
     """

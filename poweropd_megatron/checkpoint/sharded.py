@@ -1,6 +1,4 @@
-"""Megatron's sharded state in and out of a checkpoint folder: global tensors that any layout can
-load.
-"""
+"""Megatron's sharded state in and out of a folder: global tensors for any layout."""
 
 from pathlib import Path
 from typing import Any

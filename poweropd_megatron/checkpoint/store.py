@@ -1,5 +1,6 @@
-"""Checkpoints on disk: complete or invisible, verified, never overwritten. Knows files, not what is
-in them.
+"""Checkpoints on disk: complete or invisible, verified, never overwritten.
+
+Knows files, not what is in them.
 
 A checkpoint is written into a hidden folder, its manifest last, and becomes visible by one rename.
 """
@@ -40,8 +41,7 @@ class CheckpointStore:
         return sorted(int(match[1]) for match in matches if match)
 
     def begin(self, step: int) -> Path:
-        """Return an empty hidden folder for the checkpoint of a step, removing what crashed saves
-        left.
+        """Return an empty hidden folder for a step's checkpoint; crashed saves are removed.
 
         Raises: CheckpointError if that step is published already, or the folder can't be made.
         """

@@ -1,6 +1,4 @@
-"""A Qwen3 on Megatron-Core, its weights taken straight from a Hugging Face folder into this rank's
-shards.
-"""
+"""A Qwen3 on Megatron-Core, its weights taken straight from a Hugging Face folder."""
 
 from collections.abc import Sequence
 from typing import Any, cast
@@ -25,8 +23,7 @@ TORCH_DTYPES: dict[DType, torch.dtype] = {"fp32": torch.float32, "bf16": torch.b
 
 
 def padded_vocab_size(vocab_size: int, tp_size: int) -> int:
-    """Return the rows of the embedding over all ranks: the vocabulary, up to the next multiple of
-    TP.
+    """Return the embedding's rows over all ranks: the vocabulary rounded up to TP.
 
     The rows beyond vocab_size are zero, take no part in any softmax, and are never sampled or
     exported.

@@ -36,9 +36,7 @@ class KVCache:
 
 
 class LayerCache:
-    """Keys and values of one layer; grown by doubling, so that it is never far larger than what it
-    holds.
-    """
+    """Keys and values of one layer; grown by doubling, so never far larger than needed."""
 
     def __init__(self, owner: KVCache) -> None:
         self._owner = owner

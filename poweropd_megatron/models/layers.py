@@ -1,5 +1,4 @@
-"""The layers that Megatron's local spec lacks on plain torch: RMSNorm, core attention over SDPA,
-and positions per row.
+"""Layers that Megatron's local spec lacks: norm, SDPA core attention, rotary per row.
 
 Shapes: S positions, B sequences, Hq query heads and Hk key heads on this rank, D channels a head.
 """
@@ -35,8 +34,7 @@ class RMSNorm(torch.nn.Module):
 
 
 class SDPACoreAttention(torch.nn.Module):
-    """Causal grouped-query attention over torch's scaled_dot_product_attention, with an optional KV
-    cache.
+    """Causal grouped-query attention over torch's SDPA, with an optional KV cache.
 
     Right-padded rows need no mask: no real position looks at a later one.
     """
@@ -76,9 +74,7 @@ class SDPACoreAttention(torch.nn.Module):
 
 
 class RowRotaryEmbedding(RotaryEmbedding):  # type: ignore[misc]
-    """Rotary angles that differ between the rows of a decoding batch, whose sequences have
-    different lengths.
-    """
+    """Rotary angles that differ between the rows of a decoding batch."""
 
     positions_B: Tensor | None = None
     """While set: the position of the one token that each row holds."""

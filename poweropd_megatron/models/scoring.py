@@ -1,5 +1,4 @@
-"""From the decoder's hidden states to the log-probs of chosen tokens, or to the logits of the next
-one.
+"""From the decoder's hidden states to log-probs of chosen tokens, or to the next's logits.
 
 Both are output processors of GPTModel: they receive the last stage's hidden states and the output
 weight.
@@ -98,9 +97,7 @@ def _whole_sequence(hidden_SBH: Tensor, config: Any, tp_group: dist.ProcessGroup
 def _logits(
     hidden_NH: Tensor, output_layer: Any, output_weight: Tensor | None, tp_group: dist.ProcessGroup
 ) -> Tensor:
-    """Return [N, Vp]; backward sums the hidden gradient over the ranks, as a column-parallel layer
-    does.
-    """
+    """Return [N, Vp]; backward sums the hidden gradient as a column-parallel layer does."""
     weight_VpH = output_layer.weight if output_weight is None else output_weight
     hidden_NH = copy_to_tensor_model_parallel_region(hidden_NH, group=tp_group)
     return functional.linear(hidden_NH, weight_VpH)

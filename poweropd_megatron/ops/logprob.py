@@ -1,5 +1,4 @@
-"""Log-probabilities of chosen tokens from logits whose vocabulary is cut over tensor-parallel
-ranks.
+"""Log-probs of chosen tokens from logits that tensor parallelism cut along the vocabulary.
 
 Shapes: N tokens, Vp columns of the vocabulary on this rank (padding included).
 """
@@ -13,9 +12,7 @@ from torch.autograd.function import once_differentiable
 
 
 class TokenLogprobs(NamedTuple):
-    """Natural log-probabilities of the target tokens, and the entropy of the distributions they
-    come from.
-    """
+    """Natural log-probs of the target tokens, and the entropy of their distributions."""
 
     logp_N: Tensor
     """fp32, differentiable."""

@@ -27,9 +27,7 @@ _GRID_GROUPS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """This rank's place in one model's process groups; the student and the teacher each have their
-    own.
-    """
+    """This rank's place in one model's process groups: the student's or the teacher's."""
 
     parallel: ParallelConfig
     groups: ProcessGroupCollection
@@ -102,9 +100,7 @@ def student_layout(parallel: ParallelConfig, device: torch.device, *, seed: int)
 
 
 def teacher_layout(parallel: ParallelConfig, student: Layout) -> Layout:
-    """Return the teacher's layout over the same ranks: the student's groups where both are cut
-    alike.
-    """
+    """Return the teacher's layout over the same ranks: the student's if both are cut alike."""
     if parallel == student.parallel:
         return student
     data_parallel_size = dist.get_world_size() // parallel.model_parallel_size

@@ -19,8 +19,7 @@ def forward_stage(
     output_processor: Callable[..., Any],
     context: Any,
 ) -> Any:
-    """Return what the output processor makes of the last stage's hidden states; None on the other
-    stages.
+    """Return what the output processor makes of the hidden states; None off the last stage.
 
     Called by all ranks of a model copy with the same tokens. A stage goes on with its next call as
     soon as it has handed over its hidden states, so consecutive calls keep all stages busy.

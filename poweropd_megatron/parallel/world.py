@@ -1,6 +1,4 @@
-"""The ranks of the job: starting, agreeing on errors, and sharing rows that one rank of each model
-copy knows.
-"""
+"""The ranks of the job: starting, agreeing on errors, sharing rows."""
 
 import os
 from collections.abc import Callable
@@ -44,8 +42,7 @@ def start(*, timeout_minutes: float) -> torch.device:
 
 
 def agreed[T](step: Callable[[], T]) -> T:
-    """Return what `step` returns, if it raised a UserError on no rank; else raise the first rank's
-    on all.
+    """Return what `step` returns; if it raised a UserError on any rank, raise that on all.
 
     Without it, an error on some ranks would leave the others waiting in their next collective.
     Cost: one all_gather_object.
@@ -83,7 +80,5 @@ def share_rows(
 
 
 def own_rows(num_rows: int, *, rank: int, size: int) -> Tensor:
-    """Return the indices of the contiguous share of rows that data-parallel rank `rank` of `size`
-    works on.
-    """
+    """Return the indices of the rows that data-parallel rank `rank` of `size` works on."""
     return torch.arange(num_rows).tensor_split(size)[rank]

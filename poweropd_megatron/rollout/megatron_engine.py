@@ -1,5 +1,4 @@
-"""The in-process rollout engine: the student's own Megatron modules, weights and layout, with a KV
-cache.
+"""The in-process rollout engine: the student's own Megatron modules, with a KV cache.
 
 Shapes: B sequences decoded together, S positions of the longest prompt, Vp vocabulary columns on
 this rank.
@@ -47,8 +46,7 @@ class _Responses:
 
 
 class MegatronRolloutEngine:
-    """Decodes with the student itself, so rollouts and training agree to rounding, and no weights
-    are sent.
+    """Decodes with the student itself: rollouts and training agree, and no weights are sent.
 
     Each data-parallel rank decodes its own share of the prompts, `micro_batch_size` at a time;
     sequences leave the batch when they end. The last pipeline stage draws the tokens and tells the
@@ -98,9 +96,7 @@ class MegatronRolloutEngine:
 
     @contextmanager
     def _decoding_mode(self) -> Iterator[None]:
-        """Put the model into evaluation, without sequence parallelism: a decoding step has one
-        position.
-        """
+        """Put the model into evaluation, without sequence parallelism: a step has one position."""
         was_training = self._chunk.training
         sequence_parallel = self._layout.parallel.sequence_parallel
         self._chunk.eval()
@@ -123,9 +119,7 @@ class MegatronRolloutEngine:
         sampling: Sampling,
         stream: tuple[int, ...],
     ) -> None:
-        """Decode prompts together into their slots of `responses`; `sequences` are their numbers in
-        the batch.
-        """
+        """Decode prompts, number `sequences` of the batch, into their slots of `responses`."""
         lengths_B = torch.tensor([len(prompt) for prompt in prompts], device=self._layout.device)
         token_ids = torch.zeros(len(prompts), int(lengths_B.max()), dtype=torch.int64)
         for row, prompt in enumerate(prompts):
@@ -175,9 +169,7 @@ class MegatronRolloutEngine:
         responses: _Responses,
         sampling: Sampling,
     ) -> Tensor:
-        """Return the next token of each row, on all ranks of the model copy, and note it in
-        `responses`.
-        """
+        """Return the next token of each row, on the whole model copy, after noting it."""
         whole = None if logits_BVp is None else self._gather_vocabulary(logits_BVp)
         drawn = torch.zeros(3, len(slots), dtype=torch.float64, device=self._layout.device)
         if whole is not None:

@@ -1,5 +1,4 @@
-"""Drawing tokens from logits: temperature, top-k, nucleus, and random numbers that no layout
-changes.
+"""Drawing tokens: temperature, top-k, nucleus, and random numbers that no layout changes.
 
 Shapes: B sequences, V vocabulary.
 """

@@ -1,5 +1,4 @@
-"""Trajectories: prompts with the responses that the student gave, as plain tensors that every rank
-holds.
+"""Trajectories: prompts and the student's responses, as tensors that every rank holds.
 
 Shapes: B sequences, T tokens of the longest sequence (prompt and response), right-padded.
 """

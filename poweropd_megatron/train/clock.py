@@ -24,9 +24,7 @@ class Clock:
         self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
 
     def read(self) -> dict[str, float]:
-        """Return time/<phase>_seconds of each phase, and time/step_seconds of all since the last
-        reading.
-        """
+        """Return time/<phase>_seconds, and time/step_seconds, since the last reading."""
         now = time.perf_counter()
         seconds = {f"time/{name}_seconds": value for name, value in self._seconds.items()}
         seconds["time/step_seconds"] = now - self._read_at

@@ -1,6 +1,4 @@
-"""How good the student is: greedy accuracy, Avg@k and Pass@k on held-out prompts, with standard
-errors.
-"""
+"""How good the student is: greedy accuracy, Avg@k and Pass@k, with standard errors."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -162,9 +160,7 @@ def _shape_metrics(graded: _Graded) -> dict[str, float]:
 
 
 def _mean_over_sources(by_source: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    """Return each metric's mean over files; a standard error is that of the mean of independent
-    files.
-    """
+    """Return each metric's mean over files, and the standard error of that mean."""
     tables = list(by_source.values())
     count = len(tables)
     return {

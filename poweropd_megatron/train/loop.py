@@ -88,9 +88,7 @@ def evaluate(run: Run, step: int) -> Evaluation | None:
 
 
 def save(run: Run, step: int) -> None:
-    """Publish the state after `step`, then delete the oldest checkpoints beyond
-    checkpoint.keep_last; one that can't be deleted is no reason to stop.
-    """
+    """Publish the state after `step`, and delete checkpoints beyond checkpoint.keep_last."""
     run.recorder.phase("checkpoint")
     path = run.state.save(step)
     run.recorder.info(f"saved {path}")

@@ -32,9 +32,7 @@ class MicroBatch:
         return _cut_or_pad(whole_BT[self.rows_b], self.token_ids_bS.shape[1])
 
     def put(self, whole_BT: Tensor, values_N: Tensor) -> None:
-        """Write one value for each token in the loss, in row-major order, into a tensor of the
-        whole batch.
-        """
+        """Write a value for each token in the loss, row by row, into a whole batch's tensor."""
         part_bS = torch.zeros(self.mask_bS.shape, dtype=whole_BT.dtype)
         part_bS[self.mask_bS] = values_N.detach().to(whole_BT)
         length = min(part_bS.shape[1], whole_BT.shape[1])

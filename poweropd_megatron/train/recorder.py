@@ -1,5 +1,4 @@
-"""Everything that a run tells: the console, metrics.jsonl, diagnostics.jsonl, samples.jsonl,
-summary, report.
+"""Everything that a run tells: console, metrics, diagnostics, samples, summary, report.
 
 Only rank 0 writes; on the others every method returns at once.
 """
@@ -92,9 +91,7 @@ class Recorder:
             self._console.phase(name)
 
     def start(self, step: int) -> None:
-        """Begin after `step`, 0 for a new run: what was recorded beyond it, before a crash, is
-        dropped.
-        """
+        """Begin after `step`, 0 for a new run; what a crashed run recorded later is dropped."""
         if self._console:
             for sink in (self._metrics, self._diagnostics, self._samples):
                 sink.truncate_after(step or -1)

@@ -1,5 +1,4 @@
-"""The student: its weights, Megatron's data parallelism and optimizer around them, and one policy-
-gradient step.
+"""The student: weights, Megatron's DDP and optimizer, and the policy-gradient step.
 
 Shapes: B sequences, T tokens, N tokens of a micro-batch in the loss.
 """

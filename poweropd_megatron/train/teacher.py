@@ -19,9 +19,7 @@ from poweropd_megatron.train.microbatches import plan
 
 
 class Teacher:
-    """A Qwen3 in its own layout that only scores: no gradients, no optimizer, no copy of the
-    weights.
-    """
+    """A Qwen3 in its own layout that only scores: no gradients, no optimizer."""
 
     def __init__(self, config: TeacherConfig, model: Qwen3Config, layout: Layout) -> None:
         """Load the teacher's shards. Raises: InputError if the folder's tensors don't fit."""
