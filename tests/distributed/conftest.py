@@ -1,0 +1,35 @@
+"""The ranks and the tiny checkpoints that the distributed tests share."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from support import qwen3_folder
+from support.rank_pool import RankPool
+
+STUDENT = {"num_hidden_layers": 4, "vocab_size": 37}
+"""37 columns leave one to pad at TP 2."""
+TEACHER = {"num_hidden_layers": 2, "vocab_size": 41, "hidden_size": 32, "intermediate_size": 56}
+"""Another shape, and tokens that the student doesn't have."""
+
+
+@pytest.fixture(scope="session")
+def ranks() -> RankPool:
+    """Return what runs functions on ranks, with Megatron and the package in memory."""
+    return RankPool(preload=["training"])
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Return the folders of student-tied, student-untied, teacher-tied and teacher-untied."""
+    root = tmp_path_factory.mktemp("models")
+    folders = {}
+    for model, seed, changes in (("student", 0, STUDENT), ("teacher", 3, TEACHER)):
+        for kind in ("tied", "untied"):
+            folder = root / f"{model}-{kind}"
+            qwen3_folder.write(folder, seed=seed, tie_word_embeddings=kind == "tied", **changes)
+            folders[folder.name] = str(folder)
+    return folders

@@ -1,0 +1,190 @@
+"""Every parallel layout trains like plain fp64 torch: log-probs, loss, gradients, weights."""
+
+from collections.abc import Iterator, Mapping
+
+import pytest
+import torch
+from support.rank_pool import RankPool
+from torch import Tensor
+from training import (
+    OPTIMIZER,
+    TEACHER_EOS,
+    Measured,
+    Row,
+    fixed_labels,
+    fixed_trajectories,
+    update_in_plain_torch,
+    update_on_ranks,
+)
+
+from poweropd_megatron.config.schema import ParallelConfig
+
+TOLERANCE = 1e-5
+"""Norm of the difference over norm of the reference; fp32 rounding comes to 4e-6 here."""
+
+
+def parallel(tensor: int = 1, pipeline: int = 1, *, sequence: bool = False) -> ParallelConfig:
+    return ParallelConfig(
+        tensor_model_parallel_size=tensor,
+        pipeline_model_parallel_size=pipeline,
+        sequence_parallel=sequence,
+    )
+
+
+def row(
+    name: str,
+    world_size: int,
+    student: ParallelConfig,
+    teacher: ParallelConfig | None = None,
+    *,
+    micro_batch_size: int = 2,
+    use_distributed_optimizer: bool = True,
+) -> Row:
+    """Return a row whose teacher has the student's layout unless it is given its own."""
+    return Row(
+        name=name,
+        world_size=world_size,
+        student=student,
+        teacher=teacher or student,
+        micro_batch_size=micro_batch_size,
+        use_distributed_optimizer=use_distributed_optimizer,
+    )
+
+
+ONE_PROCESS = row("one-process", 1, parallel())
+ROWS = [
+    ONE_PROCESS,
+    row("TP2", 2, parallel(2)),
+    row("PP2", 2, parallel(1, 2)),
+    row("DP2", 2, parallel()),
+    row("TP2+SP", 2, parallel(2, sequence=True)),
+    row("TP2xPP2", 4, parallel(2, 2)),
+    row("TP2xDP2", 4, parallel(2)),
+    row("PP2xDP2", 4, parallel(1, 2)),
+    row("TP2xPP2+SP", 4, parallel(2, 2, sequence=True)),
+    row("student-TP2-teacher-PP2", 2, parallel(2), parallel(1, 2)),
+    row("student-PP2-teacher-TP2", 2, parallel(1, 2), parallel(2)),
+]
+ROWS_UNTIED_ONLY = [
+    row("student-DP2-teacher-TP2", 2, parallel(), parallel(2)),
+    row("student-PP4-teacher-TP2xDP2", 4, parallel(1, 4), parallel(2)),
+    row("DP2-plain-optimizer", 2, parallel(), use_distributed_optimizer=False),
+    row("PP2-micro-batch-1", 2, parallel(1, 2), micro_batch_size=1),
+    row("PP2-micro-batch-4", 2, parallel(1, 2), micro_batch_size=4),
+    row("TP2xDP2-micro-batch-1", 4, parallel(2), micro_batch_size=1),
+    row("TP2xDP2-micro-batch-4", 4, parallel(2), micro_batch_size=4),
+]
+CASES = [(row, "tied") for row in ROWS] + [(row, "untied") for row in ROWS + ROWS_UNTIED_ONLY]
+
+
+@pytest.fixture(scope="module", params=CASES, ids=lambda case: f"{case[0].name}-{case[1]}")
+def case(request: pytest.FixtureRequest) -> tuple[Row, str]:
+    """Return a layout, and whether the embeddings are tied."""
+    layout, embeddings = request.param
+    return layout, embeddings
+
+
+@pytest.fixture(scope="module")
+def references(folders: dict[str, str], ranks: RankPool) -> dict[str, list[Measured]]:
+    """Return what plain torch and one process measured, with tied and with untied embeddings."""
+    return {
+        kind: [
+            update_in_plain_torch(folders[f"student-{kind}"], folders[f"teacher-{kind}"]),
+            run(ONE_PROCESS, kind, folders, ranks)[0],
+        ]
+        for kind in ("tied", "untied")
+    }
+
+
+@pytest.fixture(scope="module")
+def expected(case: tuple[Row, str], references: dict[str, list[Measured]]) -> list[Measured]:
+    return references[case[1]]
+
+
+@pytest.fixture(scope="module")
+def by_rank(case: tuple[Row, str], folders: dict[str, str], ranks: RankPool) -> list[Measured]:
+    """Return what each rank of a layout measured."""
+    return run(*case, folders, ranks)
+
+
+@pytest.fixture(scope="module")
+def measured(by_rank: list[Measured]) -> Measured:
+    return by_rank[0]
+
+
+def run(layout: Row, embeddings: str, folders: dict[str, str], ranks: RankPool) -> list[Measured]:
+    return ranks.run(
+        update_on_ranks,
+        layout,
+        folders[f"student-{embeddings}"],
+        folders[f"teacher-{embeddings}"],
+        world_size=layout.world_size,
+    )
+
+
+def error(actual: Tensor, reference: Tensor) -> float:
+    """Return the norm of the difference over the norm of the reference."""
+    assert actual.shape == reference.shape
+    return float((actual.double() - reference.double()).norm() / reference.double().norm())
+
+
+def largest_error(
+    actual: Mapping[str, list[Tensor]], reference: Mapping[str, list[Tensor]]
+) -> tuple[float, str]:
+    """Return the largest error of a tensor, with its name."""
+    assert actual.keys() == reference.keys()
+    return max((error(actual[name][0], tensors[0]), name) for name, tensors in reference.items())
+
+
+def copies(measured: Measured) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Yield every copy of every gradient and weight, with the first copy of it."""
+    for what in (measured.gradients, measured.weights):
+        for name, tensors in what.items():
+            yield from ((name, tensor, tensors[0]) for tensor in tensors)
+
+
+@pytest.mark.parametrize(
+    "quantity", ["teacher_logp_BT", "logp_UBT", "entropy_UBT", "loss_U", "grad_norm_U"]
+)
+def test_layout_scores_like_plain_torch_and_like_one_process(
+    quantity: str, measured: Measured, expected: list[Measured]
+) -> None:
+    for reference in expected:
+        assert error(getattr(measured, quantity), getattr(reference, quantity)) <= TOLERANCE
+
+
+@pytest.mark.parametrize("quantity", ["gradients", "weights"])
+def test_layout_learns_like_plain_torch_and_like_one_process(
+    quantity: str, measured: Measured, expected: list[Measured]
+) -> None:
+    for reference in expected:
+        worst, name = largest_error(getattr(measured, quantity), getattr(reference, quantity))
+        assert worst <= TOLERANCE, name
+
+
+def test_layout_tells_every_rank_the_same(by_rank: list[Measured]) -> None:
+    for quantity in ("teacher_logp_BT", "logp_UBT", "entropy_UBT", "grad_norm_U"):
+        values = [getattr(measured, quantity) for measured in by_rank]
+        assert all(torch.equal(value, values[0]) for value in values)
+
+
+def test_layout_keeps_copies_of_a_tensor_equal(measured: Measured) -> None:
+    """Copies: replicated norms, data-parallel ranks, tied embeddings on first and last stage."""
+    assert all(torch.equal(copy, first) for _, copy, first in copies(measured))
+
+
+def test_layout_leaves_padding_of_the_vocabulary_at_zero(measured: Measured) -> None:
+    assert all((rows == 0).all() for rows in measured.padding)
+
+
+def test_the_fixed_batch_reaches_what_is_special(references: dict[str, list[Measured]]) -> None:
+    labels = fixed_labels(fixed_trajectories())
+    scored = labels.student_BT[labels.mask_BT]
+    assert scored.min() == 0, "first column of the first shard"
+    assert {18, 19} <= set(scored.tolist()), "columns on both sides of the cut at TP 2"
+    assert scored.max() == 36, "last column before the padding"
+    assert (labels.teacher_BT[labels.mask_BT] == TEACHER_EOS).any(), (
+        "a token of the teacher's alone"
+    )
+    for measured, _ in references.values():
+        assert measured.grad_norm_U.min() > OPTIMIZER.clip_grad, "clipped gradients"

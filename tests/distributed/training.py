@@ -1,0 +1,264 @@
+"""Three updates of the tiny student on fixed trajectories: in a layout, and in plain fp64 torch.
+
+Shapes: B sequences, T tokens, U updates.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import finalize_model_grads
+from support.made_trajectories import make
+from support.plain_qwen3 import PlainQwen3
+from torch import Tensor
+
+from poweropd_megatron.config.schema import (
+    DataConfig,
+    DType,
+    OptimizerConfig,
+    ParallelConfig,
+    StudentConfig,
+    TeacherConfig,
+    TrainConfig,
+)
+from poweropd_megatron.models.build import layer_numbers
+from poweropd_megatron.models.hf_weights import to_hugging_face, weights_of
+from poweropd_megatron.models.qwen3 import Qwen3Config
+from poweropd_megatron.objectives.labels import Labels, label
+from poweropd_megatron.objectives.rewards import power_reward
+from poweropd_megatron.parallel import cpu_device
+from poweropd_megatron.parallel.layout import student_layout, teacher_layout
+from poweropd_megatron.rollout.trajectories import Trajectories
+from poweropd_megatron.train.student import Student
+from poweropd_megatron.train.teacher import Teacher
+
+NUM_UPDATES = 3
+ALPHA = 1.0
+TEACHER_EOS = 39
+"""A token of the teacher's alone."""
+OPTIMIZER = OptimizerConfig(
+    lr=2e-3,
+    min_lr=5e-4,
+    lr_decay_style="linear",
+    weight_decay=0.1,
+    clip_grad=0.05,
+    adam_eps=1e-3,
+)
+"""Clips; adam_eps is near the gradients, so that one of a wrong scale shows in the weights."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A row of the table of layouts."""
+
+    name: str
+    world_size: int
+    student: ParallelConfig
+    teacher: ParallelConfig
+    micro_batch_size: int = 2
+    use_distributed_optimizer: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """What the updates came to; per-token values are 0 outside the loss.
+
+    gradients are those of the first update before clipping, weights those after the last, under
+    Hugging Face names, with every copy of a tensor that several ranks hold; padding has the rows
+    of both beyond the vocabulary.
+    """
+
+    teacher_logp_BT: Tensor
+    logp_UBT: Tensor
+    entropy_UBT: Tensor
+    loss_U: Tensor
+    grad_norm_U: Tensor
+    gradients: dict[str, list[Tensor]]
+    weights: dict[str, list[Tensor]]
+    padding: list[Tensor]
+
+
+def fixed_trajectories() -> Trajectories:
+    """Return five ragged sequences: three end with a stop token, two were cut off."""
+    stop = 36
+    return make(
+        [
+            ([0, 18, 19], [stop, 7, 7, 2, stop]),
+            ([30], [5, 1, 22, 17, 18, 19, 20, 35, 0]),
+            ([8, 8, 25, 3, 31, 12], [stop]),
+            ([21, 4], [33, 6, 14, 27, 9, 1, 18]),
+            ([11, 29, 10, 16], [19, 23, 0, 34, 26, stop]),
+        ],
+        eos=stop,
+    )
+
+
+def fixed_labels(trajectories: Trajectories) -> Labels:
+    """Return labels that differ between the models: the teacher is scored on its own EOS."""
+    return label(trajectories, "cross_eos", teacher_eos_id=TEACHER_EOS)
+
+
+def update_on_ranks(
+    row: Row,
+    student_folder: str,
+    teacher_folder: str,
+    dtype: DType = "fp32",
+    optimizer: OptimizerConfig = OPTIMIZER,
+) -> Measured:
+    """Return what this rank saw of the updates in a layout."""
+    cpu_device.install()
+    settings = OptimizerConfig(**vars(optimizer))
+    settings.use_distributed_optimizer = row.use_distributed_optimizer
+    config = TrainConfig(
+        output_dir="unused",
+        train_steps=NUM_UPDATES,
+        global_batch_size=5,
+        micro_batch_size=row.micro_batch_size,
+        student=StudentConfig(path=student_folder, dtype=dtype, parallel=row.student),
+        teacher=TeacherConfig(
+            path=teacher_folder, dtype=dtype, parallel=row.teacher, micro_batch_size=2
+        ),
+        optimizer=settings,
+        data=DataConfig(train_files=["unused"]),
+    )
+    layout = student_layout(row.student, torch.device("cpu"), seed=1)
+    student_model = Qwen3Config.from_folder(student_folder, setting="student.path")
+    teacher_model = Qwen3Config.from_folder(teacher_folder, setting="teacher.path")
+    teacher = Teacher(config.teacher, teacher_model, teacher_layout(row.teacher, layout))
+    student = Student(config, student_model, layout)
+    gradients: list[dict[str, list[Tensor]]] = []
+
+    def finalize_and_record(model: list[Any], *args: Any, **kwargs: Any) -> None:
+        finalize_model_grads(model, *args, **kwargs)
+        if row.use_distributed_optimizer:
+            _gather_shares(model[0], layout.groups.dp)
+        gradients.append(whole_tensors(student, student_model, lambda weight: weight.main_grad))
+
+    student.chunk.config.finalize_model_grads_func = finalize_and_record
+    trajectories = fixed_trajectories()
+    labels = fixed_labels(trajectories)
+    teacher_logp_BT = teacher.score(trajectories, labels)
+
+    def reward(teacher_logp_N: Tensor, student_logp_N: Tensor) -> Tensor:
+        return power_reward(teacher_logp_N, student_logp_N, alpha=ALPHA)
+
+    outcomes = [
+        student.update(trajectories, labels, teacher_logp_BT, reward) for _ in range(NUM_UPDATES)
+    ]
+    weights = whole_tensors(student, student_model, lambda weight: weight.detach())
+    logp_UBT = torch.stack([outcome.logp_BT for outcome in outcomes])
+    return Measured(
+        teacher_logp_BT=teacher_logp_BT,
+        logp_UBT=logp_UBT,
+        entropy_UBT=torch.stack([outcome.entropy_BT for outcome in outcomes]),
+        loss_U=_loss(logp_UBT, teacher_logp_BT, labels),
+        grad_norm_U=torch.tensor([outcome.grad_norm for outcome in outcomes]),
+        padding=gradients[0].pop("padding", []) + weights.pop("padding", []),
+        gradients=gradients[0],
+        weights=weights,
+    )
+
+
+def update_in_plain_torch(student_folder: str, teacher_folder: str) -> Measured:
+    """Return what the updates come to without Megatron or this package's models, in fp64."""
+    student = PlainQwen3.from_folder(Path(student_folder))
+    teacher = PlainQwen3.from_folder(Path(teacher_folder))
+    weights = student.weights
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [weight for weight in weights.values() if weight.dim() == 2]},
+            {"params": [w for w in weights.values() if w.dim() == 1], "weight_decay": 0.0},
+        ],
+        weight_decay=OPTIMIZER.weight_decay,
+        betas=(OPTIMIZER.adam_beta1, OPTIMIZER.adam_beta2),
+        eps=OPTIMIZER.adam_eps,
+    )
+    trajectories = fixed_trajectories()
+    labels = fixed_labels(trajectories)
+    ids_BT, mask_BT = trajectories.token_ids_BT, labels.mask_BT
+    with torch.no_grad():
+        teacher_logp_BT, _ = _score(teacher, ids_BT, labels.teacher_BT, mask_BT)
+    logps, entropies, losses, norms, gradients = [], [], [], [], {}
+    for update in range(NUM_UPDATES):
+        logp_BT, entropy_BT = _score(student, ids_BT, labels.student_BT, mask_BT)
+        reward_BT = teacher_logp_BT.exp() - logp_BT.detach().exp()
+        loss = -(reward_BT * logp_BT)[mask_BT].mean()
+        optimizer.zero_grad()
+        loss.backward()
+        gradients = gradients or {name: [weight.grad.clone()] for name, weight in weights.items()}
+        norms.append(torch.nn.utils.clip_grad_norm_(weights.values(), OPTIMIZER.clip_grad))
+        for group in optimizer.param_groups:
+            share = update / NUM_UPDATES
+            group["lr"] = (1 - share) * OPTIMIZER.lr + share * OPTIMIZER.min_lr
+        optimizer.step()
+        logps.append(logp_BT.detach())
+        entropies.append(entropy_BT.detach())
+        losses.append(loss.detach())
+    return Measured(
+        teacher_logp_BT=teacher_logp_BT,
+        logp_UBT=torch.stack(logps),
+        entropy_UBT=torch.stack(entropies),
+        loss_U=torch.stack(losses),
+        grad_norm_U=torch.stack(norms),
+        gradients=gradients,
+        weights={name: [weight.detach()] for name, weight in weights.items()},
+        padding=[],
+    )
+
+
+def whole_tensors(
+    student: Student, model: Qwen3Config, value_of: Callable[[Any], Tensor]
+) -> dict[str, list[Tensor]]:
+    """Return every copy of each tensor under its Hugging Face name, put together from all ranks.
+
+    Under "padding": the rows beyond the vocabulary.
+    """
+    layout = student.layout
+    weights = {
+        weight.megatron: weight for weight in weights_of(model, layer_numbers(student.chunk))
+    }
+    own: list[tuple[str, Tensor]] = []
+    for name, parameter in student.chunk.named_parameters():
+        weight, value = weights[name], value_of(parameter).detach().clone()
+        shards = [torch.empty_like(value) for _ in range(layout.tp_size)]
+        dist.all_gather(shards, value, group=layout.groups.tp)
+        copies = [[shard] for shard in shards] if weight.dim is None else [shards]
+        for copy in copies:
+            own += to_hugging_face(weight, copy, vocab_size=model.vocab_size)
+        if weight.is_vocabulary:
+            own.append(("padding", torch.cat(shards)[model.vocab_size :]))
+    by_rank: list[list[tuple[str, Tensor]]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(by_rank, own)
+    whole: dict[str, list[Tensor]] = {}
+    for name, tensor in (named for named_tensors in by_rank for named in named_tensors):
+        whole.setdefault(name, []).append(tensor)
+    return whole
+
+
+def _gather_shares(ddp: Any, dp_group: dist.ProcessGroup) -> None:
+    """Complete the gradients, of which the distributed optimizer leaves each rank a share."""
+    for buffer in ddp.buffers:
+        for bucket in buffer.buckets:
+            shares = list(bucket.grad_data.chunk(dist.get_world_size(dp_group)))
+            dist.all_gather(shares, shares[dist.get_rank(dp_group)].clone(), group=dp_group)
+
+
+def _score(
+    model: PlainQwen3, ids_BT: Tensor, labels_BT: Tensor, mask_BT: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return log-probs and entropies of the tokens in the loss, 0 elsewhere."""
+    logp_BTV = torch.nan_to_num(model.logprobs(ids_BT))
+    last = logp_BTV.shape[2] - 1
+    logp_BT = logp_BTV.gather(2, labels_BT.clamp(max=last)[:, :, None])[:, :, 0]
+    entropy_BT = -(logp_BTV.exp() * logp_BTV).sum(dim=2)
+    return torch.where(mask_BT, logp_BT, 0.0), torch.where(mask_BT, entropy_BT, 0.0)
+
+
+def _loss(logp_UBT: Tensor, teacher_logp_BT: Tensor, labels: Labels) -> Tensor:
+    """Return the mean of -reward * log p_S over the tokens in the loss, for each update."""
+    student_UN = logp_UBT[:, labels.mask_BT].double()
+    teacher_N = teacher_logp_BT[labels.mask_BT].double()
+    return -((teacher_N.exp() - student_UN.exp()) * student_UN).mean(dim=1)
