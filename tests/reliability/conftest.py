@@ -1,0 +1,28 @@
+"""Folders and processes of the tests that break things."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from support.cli_run import fork, join
+
+
+@pytest.fixture
+def call_on_ranks(tmp_path: Path) -> Callable[..., list[int | None]]:
+    """Return a function that calls another on forked ranks, and returns their exit codes."""
+
+    def call(target: Callable[..., Any], *args: Any, world_size: int = 1) -> list[int | None]:
+        logs = tmp_path / "logs"
+        logs.mkdir(exist_ok=True)
+        codes = join(fork(target, *args, world_size=world_size, logs=logs))
+        for log in sorted(logs.glob("*.*")):
+            print(f"--- {log.name} of {target.__name__}\n{log.read_text()}")
+            log.unlink()
+        return codes
+
+    return call
