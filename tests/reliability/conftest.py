@@ -12,17 +12,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from support.cli_run import fork, join
 
 
-@pytest.fixture
-def call_on_ranks(tmp_path: Path) -> Callable[..., list[int | None]]:
+@pytest.fixture(scope="session")
+def call_on_ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[int | None]]:
     """Return a function that calls another on forked ranks, and returns their exit codes."""
 
     def call(target: Callable[..., Any], *args: Any, world_size: int = 1) -> list[int | None]:
-        logs = tmp_path / "logs"
-        logs.mkdir(exist_ok=True)
+        logs = tmp_path_factory.mktemp("logs")
         codes = join(fork(target, *args, world_size=world_size, logs=logs))
         for log in sorted(logs.glob("*.*")):
             print(f"--- {log.name} of {target.__name__}\n{log.read_text()}")
-            log.unlink()
         return codes
 
     return call
