@@ -30,7 +30,7 @@ class _PlainSave(megatron_torch.TorchDistSaveShardedStrategy):  # type: ignore[m
         )
         state_dict_saver.save(
             megatron_torch.mcore_to_pyt_state_dict(state_dict, False),
-            storage_writer=FileSystemWriter(
+            storage_writer=_Writer(
                 checkpoint_dir, single_file_per_rank=True, thread_count=1, sync_files=True
             ),
             planner=megatron_torch.MCoreSavePlanner(
@@ -39,6 +39,23 @@ class _PlainSave(megatron_torch.TorchDistSaveShardedStrategy):  # type: ignore[m
                 flatten_sharded_tensors=False,
             ),
         )
+
+
+class _Writer(FileSystemWriter):
+    """torch's file writer, but that a refused write is the operating system's error.
+
+    torch.save ends with an error about its own file positions instead, whatever the cause.
+    """
+
+    def write_data(self, *args: Any, **kwargs: Any) -> Any:
+        """Write this rank's shards. Raises: OSError."""
+        try:
+            return super().write_data(*args, **kwargs)
+        except RuntimeError as error:
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, OSError):
+                cause = cause.__context__
+            raise cause or error from None
 
 
 def save(state: dict[str, Any], store: CheckpointStore, step: int) -> Path:
@@ -54,7 +71,9 @@ def save(state: dict[str, Any], store: CheckpointStore, step: int) -> Path:
         try:
             dist_checkpointing.save(state, str(partial), sharded_strategy=_PlainSave())
         except (CheckpointException, OSError) as error:
-            raise CheckpointError(f"checkpoint of step {step} can't be written: {error}") from error
+            raise CheckpointError(
+                f"the checkpoint of step {step} can't be written: {_reason(error)}"
+            ) from error
         digests = _digests(partial)
         return agreed(lambda: _publish(store, partial, step, digests))
     except CheckpointError:
@@ -71,7 +90,7 @@ def load(state: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
     try:
         loaded: dict[str, Any] = dist_checkpointing.load(state, str(checkpoint))
     except (CheckpointException, CheckpointingException) as error:
-        raise CheckpointError(f"{checkpoint} doesn't fit this run: {error}") from error
+        raise CheckpointError(f"{checkpoint} doesn't fit this run: {_reason(error)}") from error
     return loaded
 
 
@@ -87,6 +106,14 @@ def verify_together(checkpoint: Path) -> None:
     Raises: CheckpointError on all ranks, naming the file.
     """
     agreed(lambda: verify(checkpoint, _own(sorted(read_manifest(checkpoint)))))
+
+
+def _reason(error: BaseException) -> str:
+    """Return the message of an error without the traces that torch adds to those of the ranks."""
+    if isinstance(error, CheckpointException):
+        failures = sorted(error.failures.items())
+        return "; ".join(f"{failure} (on rank {rank})" for rank, (failure, _) in failures)
+    return str(error)
 
 
 def _own(names: list[str]) -> list[str]:
