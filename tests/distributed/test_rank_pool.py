@@ -101,8 +101,9 @@ def test_failures_leave_no_process_and_the_next_call_works(ranks: RankPool) -> N
 
 def test_ranks_end_when_the_session_is_killed(tmp_path: Path) -> None:
     script = (
-        "from support.rank_pool import RankPool; import test_rank_pool\n"
-        f"RankPool(['test_rank_pool']).run(test_rank_pool.note_pid_and_hang, {str(tmp_path)!r}, world_size=2)"
+        "from support.rank_pool import RankPool; import test_rank_pool as t\n"
+        "pool = RankPool(['test_rank_pool'])\n"
+        f"pool.run(t.note_pid_and_hang, {str(tmp_path)!r}, world_size=2)"
     )
     path = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])
     session = subprocess.Popen(

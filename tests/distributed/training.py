@@ -5,12 +5,14 @@ Shapes: B sequences, T tokens, U updates.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import finalize_model_grads
+from megatron.core.models.gpt import GPTModel
 from support.made_trajectories import make
 from support.plain_qwen3 import PlainQwen3
 from torch import Tensor
@@ -30,7 +32,9 @@ from poweropd_megatron.models.qwen3 import Qwen3Config
 from poweropd_megatron.objectives.labels import Labels, label
 from poweropd_megatron.objectives.rewards import power_reward
 from poweropd_megatron.parallel import cpu_device
-from poweropd_megatron.parallel.layout import student_layout, teacher_layout
+from poweropd_megatron.parallel.layout import Layout, student_layout, teacher_layout
+from poweropd_megatron.rollout.megatron_engine import MegatronRolloutEngine
+from poweropd_megatron.rollout.sampling import Sampling
 from poweropd_megatron.rollout.trajectories import Trajectories
 from poweropd_megatron.train.student import Student
 from poweropd_megatron.train.teacher import Teacher
@@ -129,13 +133,15 @@ def update_on_ranks(
     teacher_model = Qwen3Config.from_folder(teacher_folder, setting="teacher.path")
     teacher = Teacher(config.teacher, teacher_model, teacher_layout(row.teacher, layout))
     student = Student(config, student_model, layout)
+    gather = partial(whole_tensors, student.chunk, layout, student_model)
+    _roll_out(student)
     gradients: list[dict[str, list[Tensor]]] = []
 
     def finalize_and_record(model: list[Any], *args: Any, **kwargs: Any) -> None:
         finalize_model_grads(model, *args, **kwargs)
         if row.use_distributed_optimizer:
             _gather_shares(model[0], layout.groups.dp)
-        gradients.append(whole_tensors(student, student_model, lambda weight: weight.main_grad))
+        gradients.append(gather(lambda weight: weight.main_grad))
 
     student.chunk.config.finalize_model_grads_func = finalize_and_record
     trajectories = fixed_trajectories()
@@ -148,7 +154,7 @@ def update_on_ranks(
     outcomes = [
         student.update(trajectories, labels, teacher_logp_BT, reward) for _ in range(NUM_UPDATES)
     ]
-    weights = whole_tensors(student, student_model, lambda weight: weight.detach())
+    weights = gather(lambda weight: weight)
     logp_UBT = torch.stack([outcome.logp_BT for outcome in outcomes])
     return Measured(
         teacher_logp_BT=teacher_logp_BT,
@@ -159,6 +165,21 @@ def update_on_ranks(
         padding=gradients[0].pop("padding", []) + weights.pop("padding", []),
         gradients=gradients[0],
         weights=weights,
+    )
+
+
+def _roll_out(student: Student) -> None:
+    """Generate a little, as a run does before each update: that must leave nothing behind."""
+    engine = MegatronRolloutEngine(
+        student.chunk,
+        student.layout,
+        vocab_size=student.vocab_size,
+        stop_token_ids=[],
+        micro_batch_size=2,
+        seed=1,
+    )
+    engine.generate(
+        [[1, 2, 3], [4], [5, 6]], Sampling(max_new_tokens=3), stream=(0,), weight_version=0
     )
 
 
@@ -210,18 +231,15 @@ def update_in_plain_torch(student_folder: str, teacher_folder: str) -> Measured:
 
 
 def whole_tensors(
-    student: Student, model: Qwen3Config, value_of: Callable[[Any], Tensor]
+    chunk: GPTModel, layout: Layout, model: Qwen3Config, value_of: Callable[[Any], Tensor]
 ) -> dict[str, list[Tensor]]:
     """Return every copy of each tensor under its Hugging Face name, put together from all ranks.
 
     Under "padding": the rows beyond the vocabulary.
     """
-    layout = student.layout
-    weights = {
-        weight.megatron: weight for weight in weights_of(model, layer_numbers(student.chunk))
-    }
+    weights = {weight.megatron: weight for weight in weights_of(model, layer_numbers(chunk))}
     own: list[tuple[str, Tensor]] = []
-    for name, parameter in student.chunk.named_parameters():
+    for name, parameter in chunk.named_parameters():
         weight, value = weights[name], value_of(parameter).detach().clone()
         shards = [torch.empty_like(value) for _ in range(layout.tp_size)]
         dist.all_gather(shards, value, group=layout.groups.tp)

@@ -1,0 +1,169 @@
+"""Each rank's place in a layout, and a forward that goes through pipeline stages."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from support.rank_pool import RankPool
+from torch import Tensor
+
+from poweropd_megatron.config.schema import ParallelConfig
+from poweropd_megatron.models.build import build_model
+from poweropd_megatron.models.qwen3 import Qwen3Config
+from poweropd_megatron.parallel import cpu_device
+from poweropd_megatron.parallel.layout import Layout, student_layout, teacher_layout
+from poweropd_megatron.parallel.pipeline import forward_stage
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """What a layout says of a rank, and the sum of the ranks of each of its groups."""
+
+    tp: tuple[int, int]
+    pp: tuple[int, int]
+    dp: tuple[int, int]
+    is_first_stage: bool
+    is_last_stage: bool
+    speaks_for_model: bool
+    speaker: int
+    tp_ranks: list[int]
+    pp_ranks: list[int]
+    dp_ranks: list[int]
+    model_ranks: list[int]
+
+
+def parallel(tensor: int, pipeline: int) -> ParallelConfig:
+    return ParallelConfig(tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline)
+
+
+def place_of(layout: Layout) -> Place:
+    groups = layout.groups
+    return Place(
+        tp=(layout.tp_rank, layout.tp_size),
+        pp=(layout.pp_rank, layout.pp_size),
+        dp=(layout.dp_rank, layout.dp_size),
+        is_first_stage=layout.is_first_stage,
+        is_last_stage=layout.is_last_stage,
+        speaks_for_model=layout.speaks_for_model,
+        speaker=layout.speaker,
+        tp_ranks=members(groups.tp),
+        pp_ranks=members(groups.pp),
+        dp_ranks=members(groups.dp),
+        model_ranks=members(groups.mp),
+    )
+
+
+def members(group: dist.ProcessGroup) -> list[int]:
+    """Return the ranks that an exchange over the group reaches."""
+    ranks: list[int | None] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(ranks, dist.get_rank(), group=group)
+    return sorted(rank for rank in ranks if rank is not None)
+
+
+def find_places(student: ParallelConfig, teacher: ParallelConfig) -> tuple[Place, Place]:
+    cpu_device.install()
+    layout = student_layout(student, CPU, seed=1)
+    return place_of(layout), place_of(teacher_layout(teacher, layout))
+
+
+def expected_place(rank: int, world_size: int, tensor: int, pipeline: int) -> Place:
+    """Return a rank's place where tensor ranks come first, then data, then pipeline ranks."""
+    data = world_size // (tensor * pipeline)
+    at = {
+        (t, d, p): t + tensor * (d + data * p)
+        for t in range(tensor)
+        for d in range(data)
+        for p in range(pipeline)
+    }
+    [(t, d, p)] = [place for place, number in at.items() if number == rank]
+    return Place(
+        tp=(t, tensor),
+        pp=(p, pipeline),
+        dp=(d, data),
+        is_first_stage=p == 0,
+        is_last_stage=p == pipeline - 1,
+        speaks_for_model=p == pipeline - 1 and t == 0,
+        speaker=at[0, d, pipeline - 1],
+        tp_ranks=[at[other, d, p] for other in range(tensor)],
+        pp_ranks=[at[t, d, other] for other in range(pipeline)],
+        dp_ranks=[at[t, other, p] for other in range(data)],
+        model_ranks=sorted(at[x, d, y] for x in range(tensor) for y in range(pipeline)),
+    )
+
+
+@pytest.mark.parametrize(
+    ("world_size", "student", "teacher"),
+    [
+        (4, (2, 2), (2, 2)),
+        (4, (2, 1), (1, 2)),
+        (4, (1, 2), (2, 1)),
+        (4, (1, 1), (2, 2)),
+        (4, (1, 4), (4, 1)),
+        (2, (2, 1), (1, 1)),
+        (1, (1, 1), (1, 1)),
+    ],
+)
+def test_both_models_place_ranks_tensor_first_then_data_then_pipeline(
+    world_size: int, student: tuple[int, int], teacher: tuple[int, int], ranks: RankPool
+) -> None:
+    places = ranks.run(find_places, parallel(*student), parallel(*teacher), world_size=world_size)
+    assert places == [
+        (
+            expected_place(rank, world_size, *student),
+            expected_place(rank, world_size, *teacher),
+        )
+        for rank in range(world_size)
+    ]
+
+
+def hidden_states(*, hidden_states: Tensor, context: float, **_: Any) -> Tensor:
+    """Return the last stage's hidden states, scaled so that each call is told from the others."""
+    return hidden_states.transpose(0, 1) * context
+
+
+@torch.no_grad()
+def run_stages(
+    layout_config: ParallelConfig, folder: str, batches: list[Tensor]
+) -> list[Tensor | None]:
+    """Return this rank's outcome of forwards that follow each other without waiting."""
+    cpu_device.install()
+    layout = student_layout(layout_config, CPU, seed=1)
+    model = Qwen3Config.from_folder(folder, setting="student.path")
+    [chunk] = build_model(model, layout, folder=folder, dtype="fp32", setting="student.path")
+    return [
+        forward_stage(
+            chunk.eval(),
+            layout,
+            token_ids_BS,
+            output_processor=hidden_states,
+            context=float(number + 1),
+        )
+        for number, token_ids_BS in enumerate(batches)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("world_size", "tensor", "pipeline"), [(2, 1, 2), (4, 2, 2), (4, 1, 4), (4, 1, 2)]
+)
+def test_a_forward_through_stages_is_that_of_one_process_on_the_last_stage_alone(
+    world_size: int, tensor: int, pipeline: int, folders: dict[str, str], ranks: RankPool
+) -> None:
+    generator = torch.Generator().manual_seed(3)
+    batches = [
+        torch.randint(37, shape, generator=generator) for shape in ((3, 5), (1, 1), (2, 9), (4, 2))
+    ]
+    folder = folders["student-untied"]
+    [expected] = ranks.run(run_stages, parallel(1, 1), folder, batches, world_size=1)
+    by_rank = ranks.run(
+        run_stages, parallel(tensor, pipeline), folder, batches, world_size=world_size
+    )
+    for rank, outcomes in enumerate(by_rank):
+        if not expected_place(rank, world_size, tensor, pipeline).is_last_stage:
+            assert outcomes == [None] * len(batches)
+            continue
+        for outcome, wanted in zip(outcomes, expected, strict=True):
+            torch.testing.assert_close(outcome, wanted, rtol=1e-5, atol=1e-5)

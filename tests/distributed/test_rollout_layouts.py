@@ -1,0 +1,120 @@
+"""Every layout generates the same responses, token for token."""
+
+import pytest
+import torch
+from decoding import PROMPTS, STOP_TOKENS, Decoded, decode_in_plain_torch, decode_on_ranks
+from support.rank_pool import RankPool
+
+from poweropd_megatron.config.schema import ParallelConfig
+from poweropd_megatron.rollout.sampling import Sampling
+from poweropd_megatron.rollout.trajectories import FINISH_LENGTH, FINISH_STOP, Trajectories
+
+SAMPLINGS = {
+    "greedy": Sampling(max_new_tokens=12, temperature=0.0),
+    "sampled": Sampling(max_new_tokens=12, temperature=1.0),
+    "cooler": Sampling(max_new_tokens=12, temperature=0.7),
+    "top-k-top-p": Sampling(max_new_tokens=12, temperature=1.3, top_k=9, top_p=0.8),
+}
+LAYOUTS = {
+    "one-process": (1, ParallelConfig()),
+    "TP2": (2, ParallelConfig(tensor_model_parallel_size=2)),
+    "TP2+SP": (2, ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True)),
+    "PP2": (2, ParallelConfig(pipeline_model_parallel_size=2)),
+    "DP2": (2, ParallelConfig()),
+    "TP2xPP2": (
+        4,
+        ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2),
+    ),
+    "PP2xDP2": (4, ParallelConfig(pipeline_model_parallel_size=2)),
+}
+
+
+def decode(
+    name: str, folder: str, ranks: RankPool, num_prompts: int = len(PROMPTS)
+) -> list[dict[str, Trajectories]]:
+    """Return each rank's trajectories of each sampling."""
+    world_size, parallel = LAYOUTS[name]
+    by_rank = ranks.run(
+        decode_on_ranks,
+        parallel,
+        folder,
+        num_prompts,
+        list(SAMPLINGS.values()),
+        world_size=world_size,
+    )
+    return [dict(zip(SAMPLINGS, trajectories, strict=True)) for trajectories in by_rank]
+
+
+@pytest.fixture(scope="module", params=["tied", "untied"])
+def folder(request: pytest.FixtureRequest, folders: dict[str, str]) -> str:
+    return folders[f"student-{request.param}"]
+
+
+@pytest.fixture(scope="module")
+def one_process(folder: str, ranks: RankPool) -> dict[str, Trajectories]:
+    return decode("one-process", folder, ranks)[0]
+
+
+@pytest.fixture(scope="module")
+def plain(folder: str) -> dict[str, Decoded]:
+    names = [name for name in SAMPLINGS if name != "top-k-top-p"]
+    return {name: decode_in_plain_torch(folder, SAMPLINGS[name]) for name in names}
+
+
+@pytest.fixture(scope="module", params=LAYOUTS)
+def by_rank(
+    request: pytest.FixtureRequest, folder: str, ranks: RankPool
+) -> list[dict[str, Trajectories]]:
+    return decode(request.param, folder, ranks)
+
+
+@pytest.mark.parametrize("name", SAMPLINGS)
+def test_rollouts_in_every_layout_are_those_of_one_process(
+    name: str, by_rank: list[dict[str, Trajectories]], one_process: dict[str, Trajectories]
+) -> None:
+    expected = one_process[name]
+    for trajectories in (samplings[name] for samplings in by_rank):
+        assert torch.equal(trajectories.token_ids_BT, expected.token_ids_BT)
+        assert torch.equal(trajectories.prompt_lengths_B, expected.prompt_lengths_B)
+        assert torch.equal(trajectories.total_lengths_B, expected.total_lengths_B)
+        assert torch.equal(trajectories.finish_B, expected.finish_B)
+        for field in ("behaviour_logp_BT", "truncated_mass_BT"):
+            torch.testing.assert_close(
+                getattr(trajectories, field), getattr(expected, field), rtol=1e-5, atol=1e-6
+            )
+
+
+@pytest.mark.parametrize("name", ["greedy", "sampled", "cooler"])
+def test_rollouts_of_one_process_are_those_of_whole_forwards_in_fp64(
+    name: str, one_process: dict[str, Trajectories], plain: dict[str, Decoded]
+) -> None:
+    trajectories = one_process[name]
+    finishes = trajectories.finish_B.tolist()
+    for row, token_ids in enumerate(plain[name].token_ids):
+        assert trajectories.response_ids(row) == token_ids
+        assert finishes[row] == (FINISH_STOP if token_ids[-1] in STOP_TOKENS else FINISH_LENGTH)
+        logp_T = trajectories.behaviour_logp_BT[row][trajectories.response_mask_BT[row]]
+        torch.testing.assert_close(
+            logp_T.double(),
+            torch.tensor(plain[name].logp[row], dtype=torch.float64),
+            rtol=1e-5,
+            atol=1e-6,
+        )
+
+
+def test_the_fixed_prompts_reach_both_ends_of_a_response(
+    one_process: dict[str, Trajectories],
+) -> None:
+    finishes = torch.cat([trajectories.finish_B for trajectories in one_process.values()])
+    assert {FINISH_STOP, FINISH_LENGTH} == set(finishes.tolist())
+    lengths = one_process["sampled"].response_lengths_B
+    assert len(lengths.unique()) > 2, "rows leave the batch at different steps"
+    assert one_process["top-k-top-p"].truncated_mass_BT.max() > 0.1
+
+
+def test_a_data_parallel_rank_without_prompts_gets_the_others_responses(
+    folder: str, ranks: RankPool, one_process: dict[str, Trajectories]
+) -> None:
+    for samplings in decode("DP2", folder, ranks, num_prompts=1):
+        for name, trajectories in samplings.items():
+            assert trajectories.response_ids(0) == one_process[name].response_ids(0)
