@@ -4,7 +4,7 @@ Shapes: B sequences, T tokens, U updates.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ from poweropd_megatron.parallel.layout import Layout, student_layout, teacher_la
 from poweropd_megatron.rollout.megatron_engine import MegatronRolloutEngine
 from poweropd_megatron.rollout.sampling import Sampling
 from poweropd_megatron.rollout.trajectories import Trajectories
-from poweropd_megatron.train.student import Student
+from poweropd_megatron.train.student import Student, StudentOutcome
 from poweropd_megatron.train.teacher import Teacher
 
 NUM_UPDATES = 3
@@ -105,17 +105,32 @@ def fixed_labels(trajectories: Trajectories) -> Labels:
     return label(trajectories, "cross_eos", teacher_eos_id=TEACHER_EOS)
 
 
-def update_on_ranks(
-    row: Row,
-    student_folder: str,
-    teacher_folder: str,
-    dtype: DType = "fp32",
-    optimizer: OptimizerConfig = OPTIMIZER,
-) -> Measured:
-    """Return what this rank saw of the updates in a layout."""
+@dataclass(frozen=True, kw_only=True)
+class Models:
+    """A student and a teacher in their layouts, and the batch of the updates."""
+
+    student: Student
+    student_model: Qwen3Config
+    teacher: Teacher
+    trajectories: Trajectories
+    labels: Labels
+
+    def update(self, teacher_logp_BT: Tensor) -> StudentOutcome:
+        """Return the outcome of one update with the power reward."""
+        return self.student.update(
+            self.trajectories, self.labels, teacher_logp_BT, partial(power_reward, alpha=ALPHA)
+        )
+
+    def gather(self, value_of: Callable[[Any], Tensor]) -> dict[str, list[Tensor]]:
+        """Return every copy of the student's tensors, see whole_tensors."""
+        return whole_tensors(self.student.chunk, self.student.layout, self.student_model, value_of)
+
+
+def build_models(
+    row: Row, student_folder: str, teacher_folder: str, dtype: DType, optimizer: OptimizerConfig
+) -> Models:
+    """Return the models of this rank."""
     cpu_device.install()
-    settings = OptimizerConfig(**vars(optimizer))
-    settings.use_distributed_optimizer = row.use_distributed_optimizer
     config = TrainConfig(
         output_dir="unused",
         train_steps=NUM_UPDATES,
@@ -125,44 +140,49 @@ def update_on_ranks(
         teacher=TeacherConfig(
             path=teacher_folder, dtype=dtype, parallel=row.teacher, micro_batch_size=2
         ),
-        optimizer=settings,
+        optimizer=replace(optimizer, use_distributed_optimizer=row.use_distributed_optimizer),
         data=DataConfig(train_files=["unused"]),
     )
     layout = student_layout(row.student, torch.device("cpu"), seed=1)
     student_model = Qwen3Config.from_folder(student_folder, setting="student.path")
     teacher_model = Qwen3Config.from_folder(teacher_folder, setting="teacher.path")
-    teacher = Teacher(config.teacher, teacher_model, teacher_layout(row.teacher, layout))
-    student = Student(config, student_model, layout)
-    gather = partial(whole_tensors, student.chunk, layout, student_model)
-    _roll_out(student)
+    trajectories = fixed_trajectories()
+    return Models(
+        student=Student(config, student_model, layout),
+        student_model=student_model,
+        teacher=Teacher(config.teacher, teacher_model, teacher_layout(row.teacher, layout)),
+        trajectories=trajectories,
+        labels=fixed_labels(trajectories),
+    )
+
+
+def update_on_ranks(
+    row: Row, student_folder: str, teacher_folder: str, dtype: DType = "fp32"
+) -> Measured:
+    """Return what this rank saw of the updates in a layout."""
+    models = build_models(row, student_folder, teacher_folder, dtype, OPTIMIZER)
+    student = models.student
     gradients: list[dict[str, list[Tensor]]] = []
 
     def finalize_and_record(model: list[Any], *args: Any, **kwargs: Any) -> None:
         finalize_model_grads(model, *args, **kwargs)
         if row.use_distributed_optimizer:
-            _gather_shares(model[0], layout.groups.dp)
-        gradients.append(gather(lambda weight: weight.main_grad))
+            _gather_shares(model[0], student.layout.groups.dp)
+        gradients.append(models.gather(lambda weight: weight.main_grad))
 
     student.chunk.config.finalize_model_grads_func = finalize_and_record
-    trajectories = fixed_trajectories()
-    labels = fixed_labels(trajectories)
-    teacher_logp_BT = teacher.score(trajectories, labels)
-
-    def reward(teacher_logp_N: Tensor, student_logp_N: Tensor) -> Tensor:
-        return power_reward(teacher_logp_N, student_logp_N, alpha=ALPHA)
-
-    outcomes = [
-        student.update(trajectories, labels, teacher_logp_BT, reward) for _ in range(NUM_UPDATES)
-    ]
-    weights = gather(lambda weight: weight)
+    _roll_out(student)
+    teacher_logp_BT = models.teacher.score(models.trajectories, models.labels)
+    outcomes = [models.update(teacher_logp_BT) for _ in range(NUM_UPDATES)]
+    weights = models.gather(lambda weight: weight)
     logp_UBT = torch.stack([outcome.logp_BT for outcome in outcomes])
     return Measured(
         teacher_logp_BT=teacher_logp_BT,
         logp_UBT=logp_UBT,
         entropy_UBT=torch.stack([outcome.entropy_BT for outcome in outcomes]),
-        loss_U=_loss(logp_UBT, teacher_logp_BT, labels),
+        loss_U=_loss(logp_UBT, teacher_logp_BT, models.labels),
         grad_norm_U=torch.tensor([outcome.grad_norm for outcome in outcomes]),
-        padding=gradients[0].pop("padding", []) + weights.pop("padding", []),
+        padding=gradients[0].pop("padding") + weights.pop("padding"),
         gradients=gradients[0],
         weights=weights,
     )
