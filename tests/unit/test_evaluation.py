@@ -21,7 +21,7 @@ from poweropd_megatron.train.evaluation import Evaluation, Evaluator, mean_and_s
 
 EOS = 1
 RIGHT, WRONG, CUT = "#7", "#13", "1+1"
-"""Answers to prompts whose answer is 7; the last is one that doesn't come to its end."""
+"""Responses to prompts whose answer is 7; the last one doesn't come to its end."""
 
 
 class ScriptedEngine:
@@ -55,7 +55,8 @@ def tokenizer(student_folder: Path) -> Tokenizer:
 
 
 def prompt(text: str, source: str, tokenizer: Tokenizer) -> Prompt:
-    return Prompt(text=text, token_ids=tuple(tokenizer.encode(text)), answer="7", source=source)
+    answer = str(sum(map(int, text.rstrip("=").split("+"))))
+    return Prompt(text=text, token_ids=tuple(tokenizer.encode(text)), answer=answer, source=source)
 
 
 def evaluate(
@@ -99,6 +100,14 @@ def test_one_files_metrics_are_those_computed_by_hand(tokenizer: Tokenizer) -> N
             "eval/truncation_rate": 3 / 8,
         }
     )
+
+
+def test_each_answer_is_compared_with_that_of_its_own_prompt(tokenizer: Tokenizer) -> None:
+    sources = {"a": ["3+4=", "9+4="]}
+    scripts = [["#7", "#13"], ["#7", "#7", "#7", "#13", "#13", "#7"]]
+    evaluation, _ = evaluate(tokenizer, scripts, sources, num_samples=3)
+    assert evaluation.metrics["eval/greedy_accuracy"] == 1.0
+    assert evaluation.metrics["eval/avg@3"] == pytest.approx((1 + 2 / 3) / 2)
 
 
 def test_samples_of_a_prompt_are_not_counted_as_independent(tokenizer: Tokenizer) -> None:

@@ -117,7 +117,7 @@ def teacher_logp_BT(trajectories: Trajectories) -> Tensor:
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 2, 4])
-@pytest.mark.parametrize("terminal", ["mask", "im_end"])
+@pytest.mark.parametrize("terminal", ["mask", "cross_eos", "im_end"])
 @pytest.mark.parametrize("objective", [POWER, LOG_RATIO], ids=["power", "log_ratio"])
 def test_the_gradient_is_that_of_the_token_mean_for_any_micro_batches(
     folder: Path,

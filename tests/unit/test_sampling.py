@@ -113,8 +113,18 @@ def test_the_ends_of_the_unit_interval_draw_the_first_and_the_last_possible_toke
     assert draw.token_B.tolist() == [1, 3]
 
 
-def test_a_large_vocabulary_keeps_its_tail() -> None:
-    """In fp32 the cumulative sum of 150 thousand tokens would miss them by more than their mass."""
+def test_tokens_too_unlikely_for_fp32_sums_are_still_drawn_equally_often() -> None:
+    """A thousand tokens of probability 1e-9 after one of nearly 1, where fp32 has steps of 6e-8."""
+    logits = torch.full((1001,), math.log(1e-9))
+    logits[0] = 0.0
+    tail = 1000 * 1e-9 / (1 + 1000 * 1e-9)
+    numbers = 1 - tail * (1 - (torch.arange(4000, dtype=torch.float64) + 0.5) / 4000)
+    tokens = draw_tokens(logits.expand(4000, -1), numbers, sampling()).token_B
+    counts = torch.bincount(tokens, minlength=1001)[1:]
+    assert (counts == 4).sum() > 900
+
+
+def test_each_token_of_a_large_vocabulary_has_its_share_of_the_unit_interval() -> None:
     columns = 151_936
     logits = torch.zeros(4, columns)
     tokens = torch.tensor([0, 1, 100_000, columns - 1])
