@@ -1,0 +1,140 @@
+"""The export of a run, in the hands of `transformers`."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from support.cli_run import REPO, records, rewound, settings, train
+from torch import Tensor
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+STUDENT = REPO / "examples" / "chain_sum" / "student"
+
+# A process of its own, because the CPU device patches tensor methods in the one that runs Megatron.
+ANSWER = """
+import json, sys
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+torch.set_num_threads(1)
+answers = {}
+for folder, prompts in json.load(sys.stdin).items():
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    answers[folder] = {"dtype": str(model.dtype), "type": type(model).__name__, "responses": []}
+    for prompt in prompts:
+        ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt").input_ids
+        row = model.generate(ids, do_sample=False, max_new_tokens=64)[0, ids.shape[1]:]
+        text = tokenizer.decode(row, skip_special_tokens=True)
+        answers[folder]["responses"].append(text)
+print(json.dumps(answers))
+"""
+
+
+def last_samples(folder: Path) -> list[dict[str, Any]]:
+    """Return the greedy samples of a run's last evaluation."""
+    samples = records(folder / "samples.jsonl")
+    return [sample for sample in samples if sample["step"] == samples[-1]["step"]]
+
+
+def tensors_of(folder: Path) -> dict[str, Tensor]:
+    """Return the tensors of a Hugging Face folder, through its index where it has one."""
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        return load_file(folder / "model.safetensors")
+    files = json.loads(index.read_text())["weight_map"]
+    loaded = {name: load_file(folder / name) for name in set(files.values())}
+    assert {name for tensors in loaded.values() for name in tensors} == set(files)
+    return {name: loaded[file][name] for name, file in files.items()}
+
+
+@pytest.fixture(scope="module")
+def exports(runs, tp2, one, bf16) -> dict[str, Path]:
+    """Return the folder of a run by its layout or type."""
+    pp2 = rewound(one.folder, 8, runs / "exported_pp2")
+    train(settings(pp2, pp=2), world_size=2).expect(0)
+    return {"TP 2": tp2.folder, "PP 2": pp2, "bf16": bf16.folder}
+
+
+@pytest.fixture(scope="module")
+def answers(exports: dict[str, Path]) -> Callable[[str], dict[str, Any]]:
+    """Return a function from the name of an export to what transformers makes of it."""
+    questions = {
+        str(folder / "export"): [sample["prompt"] for sample in last_samples(folder)]
+        for folder in exports.values()
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", ANSWER],
+        input=json.dumps(questions),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    answered = json.loads(done.stdout.splitlines()[-1])
+    return lambda name: answered[str(exports[name] / "export")]
+
+
+@pytest.mark.parametrize("name", ["TP 2", "PP 2"])
+def test_transformers_gives_the_same_greedy_answers_as_the_last_evaluation(name, exports, answers):
+    samples = last_samples(exports[name])
+    assert len({sample["response"] for sample in samples}) == 4
+    assert answers(name) == {
+        "dtype": "torch.float32",
+        "type": "Qwen3ForCausalLM",
+        "responses": [sample["response"] for sample in samples],
+    }
+
+
+@pytest.mark.parametrize("name", ["TP 2", "PP 2"])
+def test_the_exported_tensors_have_the_names_shapes_and_types_of_the_first_ones(name, exports):
+    first, exported = tensors_of(STUDENT), tensors_of(exports[name] / "export")
+    assert {key: (tensor.shape, tensor.dtype) for key, tensor in exported.items()} == {
+        key: (tensor.shape, tensor.dtype) for key, tensor in first.items()
+    }
+    assert all(not torch.equal(exported[key], first[key]) for key in first)
+
+
+@pytest.mark.parametrize(("name", "num_files"), [("TP 2", 1), ("PP 2", 2), ("bf16", 1)])
+def test_an_export_has_the_files_of_the_first_folder_with_new_weights(name, num_files, exports):
+    export = exports[name] / "export"
+    weights = {"model.safetensors"}
+    if num_files > 1:
+        weights = {f"model-{n + 1:05d}-of-{num_files:05d}.safetensors" for n in range(num_files)}
+        weights.add("model.safetensors.index.json")
+    others = {file.name for file in STUDENT.iterdir()} - {"model.safetensors"}
+    assert {file.name for file in export.iterdir()} == others | weights
+    for file in others - {"config.json"}:
+        assert (export / file).read_bytes() == (STUDENT / file).read_bytes()
+    assert len({file.stat().st_mode for file in export.iterdir()}) == 1
+
+
+def test_the_index_of_several_files_has_their_size(exports):
+    export = exports["PP 2"] / "export"
+    index = json.loads((export / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(t.nbytes for t in tensors_of(export).values())
+
+
+def test_config_json_is_the_first_one_where_the_type_is_too(exports):
+    config = STUDENT / "config.json"
+    assert (exports["TP 2"] / "export" / "config.json").read_bytes() == config.read_bytes()
+
+
+def test_a_bf16_run_exports_bf16_and_says_so(exports, answers):
+    export = exports["bf16"] / "export"
+    tensors = tensors_of(export)
+    assert tensors.keys() == tensors_of(STUDENT).keys()
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
+    before = json.loads((STUDENT / "config.json").read_text())
+    after = json.loads((export / "config.json").read_text())
+    assert after == before | {"torch_dtype": "bfloat16"}
+    assert answers("bf16")["dtype"] == "torch.bfloat16"
+    assert [len(text) > 4 for text in answers("bf16")["responses"]] == [True] * 4
