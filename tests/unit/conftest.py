@@ -32,7 +32,11 @@ def teacher_folder() -> Path:
 
 @pytest.fixture(scope="session")
 def layout() -> "Iterator[Layout]":
-    """Yield the layout of a job of one rank, joined as a run joins it."""
+    """Yield the layout of a job of one rank, joined as a run joins it.
+
+    One thread: on a busy machine a second one spends its time waiting for the first.
+    """
+    import torch
     import torch.distributed as dist
     from megatron.core import parallel_state
 
@@ -49,6 +53,7 @@ def layout() -> "Iterator[Layout]":
         ):
             environment.setenv(name, value)
         device = start(timeout_minutes=2)
+    torch.set_num_threads(1)
     yield student_layout(ParallelConfig(), device, seed=1)
     parallel_state.destroy_model_parallel()
     dist.destroy_process_group()

@@ -1,5 +1,6 @@
 """The Megatron model against transformers' Qwen3 and against Qwen3 written out in fp64."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -40,7 +41,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         ids = torch.randint(vocab_size, (2, 33), generator=torch.Generator().manual_seed(number))
         save_file({"ids": ids}, folder / "ids.safetensors")
     command = [sys.executable, str(SCRIPT), *map(str, made.values())]
-    finished = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert finished.returncode == 0, finished.stderr
     return made
 
