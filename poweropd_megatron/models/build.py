@@ -18,6 +18,7 @@ from poweropd_megatron.models.hf_folder import HFFolder
 from poweropd_megatron.models.layers import RMSNorm, RowRotaryEmbedding, SDPACoreAttention
 from poweropd_megatron.models.qwen3 import Qwen3Config
 from poweropd_megatron.parallel.layout import Layout
+from poweropd_megatron.parallel.world import agreed
 
 TORCH_DTYPES: dict[DType, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -83,10 +84,11 @@ def build_model(
     dtype: DType,
     setting: str,
 ) -> list[GPTModel]:
-    """Return this rank's model chunks, with weights loaded.
+    """Return this rank's model chunks, with weights loaded. Called by all ranks.
 
-    Raises: InputError if the folder's tensors don't fit its config.json.
-    Cost: each rank reads its own slices; no collective but the tied embedding's in GPTModel.
+    Raises: InputError on all ranks if the folder's tensors don't fit its config.json.
+    Cost: each rank reads its own slices; no collective but the tied embedding's in GPTModel and
+    one to agree on errors.
     """
     config = transformer_config(model, layout.parallel, dtype)
     chunk = GPTModel(
@@ -109,13 +111,15 @@ def build_model(
         cp_group=layout.groups.cp,
     )
     chunk.to(layout.device)
-    hf_weights.load(
-        chunk.named_parameters(),
-        hf_weights.weights_of(model, layer_numbers(chunk)),
-        HFFolder(folder, setting=setting),
-        vocab_size=model.vocab_size,
-        tp_rank=layout.tp_rank,
-        tp_size=layout.tp_size,
+    agreed(
+        lambda: hf_weights.load(
+            chunk.named_parameters(),
+            hf_weights.weights_of(model, layer_numbers(chunk)),
+            HFFolder(folder, setting=setting),
+            vocab_size=model.vocab_size,
+            tp_rank=layout.tp_rank,
+            tp_size=layout.tp_size,
+        )
     )
     return [chunk]
 

@@ -44,7 +44,8 @@ def start(*, timeout_minutes: float) -> torch.device:
 def agreed[T](step: Callable[[], T]) -> T:
     """Return what `step` returns; if it raised a UserError on any rank, raise that on all.
 
-    Without it, an error on some ranks would leave the others waiting in their next collective.
+    Without it, an error on some ranks would leave the others waiting in their next collective. For
+    the same reason `step` must have no collective of its own after what can fail.
     Cost: one all_gather_object.
     """
     result: T | None = None

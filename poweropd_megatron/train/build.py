@@ -12,7 +12,6 @@ from poweropd_megatron.data.prompts import PromptStream
 from poweropd_megatron.objectives.rewards import build_reward
 from poweropd_megatron.parallel import cpu_device
 from poweropd_megatron.parallel.layout import student_layout, teacher_layout
-from poweropd_megatron.parallel.world import agreed
 from poweropd_megatron.rollout.megatron_engine import MegatronRolloutEngine
 from poweropd_megatron.rollout.sampling import Sampling
 from poweropd_megatron.train.evaluation import Evaluator
@@ -30,9 +29,9 @@ def build_run(config: TrainConfig, inputs: RunInputs, device: torch.device) -> R
     """
     cpu_device.install()
     layout = student_layout(config.student.parallel, device, seed=config.seed)
-    student = agreed(lambda: Student(config, inputs.student, layout))
+    student = Student(config, inputs.student, layout)
     frozen_layout = teacher_layout(config.teacher.parallel, layout)
-    teacher = agreed(lambda: Teacher(config.teacher, inputs.teacher, frozen_layout))
+    teacher = Teacher(config.teacher, inputs.teacher, frozen_layout)
     engine = MegatronRolloutEngine(
         student.chunk,
         layout,
