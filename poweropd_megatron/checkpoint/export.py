@@ -73,25 +73,28 @@ def _write_stage(
     writes = layout.tp_rank == 0 and layout.dp_rank == 0
     written: dict[str, dict[str, int]] = {}
     pending: dict[str, Tensor] = {}
+    failure: InputError | None = None
 
     def flush() -> None:
+        nonlocal failure
         if pending:
             name = f"stage{layout.pp_rank:03d}-{len(written):05d}.safetensors"
             try:
                 save_file(pending, partial / name, metadata={"format": "pt"})
             except (SafetensorError, OSError) as error:
-                raise InputError(
-                    f"output_dir: {partial / name} can't be written: {error}"
-                ) from None
+                failure = InputError(f"output_dir: {partial / name} can't be written: {error}")
             written[name] = {key: value.nbytes for key, value in pending.items()}
             pending.clear()
 
+    # After a failure the gathers go on, because the other ranks wait in them.
     for name, tensor in _stage_tensors(student, model, layout):
-        if writes:
+        if writes and failure is None:
             if sum(value.nbytes for value in pending.values()) + tensor.nbytes > MAX_SHARD_BYTES:
                 flush()
             pending[name] = tensor.contiguous()
     flush()
+    if failure is not None:
+        raise failure
     return written
 
 

@@ -2,6 +2,7 @@
 
 import resource
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch.distributed as dist
@@ -50,26 +51,31 @@ def test_a_checkpoint_that_does_not_fit_leaves_nothing_and_can_be_saved_later(
     verify(store.path(2))
 
 
-def export_on_a_full_disk(folder: str) -> None:
-    run = build(Path(folder), steps=1)
+def export_on_a_full_disk(folder: str, tp: int) -> None:
+    """Fail in the first of several files, when other ranks still have tensors to gather."""
+    run = build(Path(folder), steps=1, tp=tp)
     student = run.config.student.path
     shape = Qwen3Config.from_folder(student, setting="student.path")
     target = Path(folder) / "export"
 
-    def write() -> None:
+    def write() -> dict[str, bytes]:
         export(run.student, shape, reference=student, target=target)
+        return {file.name: file.read_bytes() for file in target.iterdir()}
 
-    write()
-    before = (target / "model.safetensors").read_bytes()
-    limit_files(MAX_FILE_BYTES)
-    with pytest.raises(InputError, match=r"output_dir: .* can't be written"):
-        write()
-    assert (target / "model.safetensors").read_bytes() == before
-    limit_files(resource.RLIM_INFINITY)
-    write()
-    assert (target / "model.safetensors").read_bytes() == before
+    with mock.patch("poweropd_megatron.checkpoint.export.MAX_SHARD_BYTES", 3 * MAX_FILE_BYTES):
+        before = write()
+        assert "model-00003-of-00003.safetensors" in before
+        limit_files(MAX_FILE_BYTES)
+        with pytest.raises(InputError, match=r"output_dir: .* can't be written"):
+            write()
+        assert {file.name: file.read_bytes() for file in target.iterdir()} == before
+        limit_files(resource.RLIM_INFINITY)
+        dist.barrier()
+        assert write() == before
     assert [entry.name for entry in Path(folder).iterdir()] == ["export"]
 
 
-def test_an_export_that_does_not_fit_leaves_the_one_before(tmp_path, call_on_ranks):
-    assert call_on_ranks(export_on_a_full_disk, str(tmp_path)) == [0]
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_an_export_that_does_not_fit_leaves_the_one_before(world_size, tmp_path, call_on_ranks):
+    codes = call_on_ranks(export_on_a_full_disk, str(tmp_path), world_size, world_size=world_size)
+    assert codes == [0] * world_size
