@@ -1,0 +1,301 @@
+"""What a user can get wrong: exit code 2 and one message that names the setting, no traceback."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+from support.cli_run import (
+    RANK_VARIABLES,
+    REPO,
+    ForkedRun,
+    launch,
+    rewound,
+    settings,
+    steps_recorded,
+    train,
+)
+
+from poweropd_megatron.cli.main import main
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+NO_EVALUATION = ("--data.eval_files=[]", "--eval.interval=0")
+EXAMPLE = REPO / "examples" / "chain_sum"
+
+
+@pytest.fixture
+def message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Callable[..., str]:
+    """Return a function that starts a run that must be refused before any rank joins the job, and
+    returns the message.
+    """
+    monkeypatch.chdir(REPO)
+
+    def refused(*changes: str, world_size: int = 1, **layout: int) -> str:
+        for name in RANK_VARIABLES:
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv("WORLD_SIZE", str(world_size))
+        assert main(["train", *settings(tmp_path / "run", *changes, **layout)]) == 2
+        said = capfd.readouterr()
+        assert said.out == ""
+        assert not (tmp_path / "run").is_dir()
+        return only_message(said.err)
+
+    return refused
+
+
+def only_message(stderr: str) -> str:
+    """Return the one message on stderr; there is no traceback."""
+    assert "Traceback" not in stderr
+    [line] = [line for line in stderr.splitlines() if line.startswith("poweropd: error: ")]
+    return line.removeprefix("poweropd: error: ")
+
+
+def copied(name: str, target: Path, **config: Any) -> Path:
+    """Return a copy of the bundled student or teacher with changes to its config.json."""
+    shutil.copytree(EXAMPLE / name, target)
+    path = target / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | config))
+    return target
+
+
+@pytest.mark.parametrize("name", ["student", "teacher"])
+def test_a_model_folder_that_is_not_there(name, message, tmp_path):
+    said = message(f"--{name}.path={tmp_path / 'none'}")
+    assert said == f"{name}.path: {tmp_path / 'none'} is not a folder"
+
+
+@pytest.mark.parametrize("name", ["student", "teacher"])
+def test_a_model_that_is_not_a_qwen3(name, message, tmp_path):
+    folder = copied(name, tmp_path / "model", model_type="llama")
+    said = message(f"--{name}.path={folder}")
+    assert said.startswith(f"{name}.path: {folder / 'config.json'} has model_type 'llama'")
+    assert "'qwen3'" in said
+
+
+def test_tokenizers_that_differ_are_shown_with_their_first_differences(message, tmp_path):
+    folder = copied("teacher", tmp_path / "teacher")
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    ids = tokenizer["model"]["vocab"]
+    ids["3"], ids["7"] = ids["7"], ids["3"]
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    said = message(f"--teacher.path={folder}")
+    assert said.startswith("student.path (examples/chain_sum/student) and teacher.path")
+    for token, other in (("3", "7"), ("7", "3")):
+        line = f"token {token!r} is {ids[other]} for the student and {ids[token]} for the teacher"
+        assert line in said
+
+
+@pytest.mark.parametrize("part", ["student", "teacher"])
+@pytest.mark.parametrize(
+    ("tp", "pp", "world_size", "words"),
+    [
+        (2, 1, 1, "must divide the number of ranks (1): start 2 ranks, or choose sizes"),
+        (2, 2, 6, "must divide the number of ranks (6): start 4 or 8 ranks"),
+        (
+            3,
+            1,
+            3,
+            "tensor_model_parallel_size = 3 must divide the {}'s attention heads (4); 1 or 2",
+        ),
+        (
+            4,
+            1,
+            4,
+            "tensor_model_parallel_size = 4 must divide the {}'s key-value heads (2); 1 or 2",
+        ),
+        (1, 3, 3, "pipeline_model_parallel_size = 3 must divide the {}'s layers (4); 1, 2 or 4"),
+    ],
+)
+def test_a_layout_that_cuts_nothing_into_equal_parts(part, tp, pp, world_size, words, message):
+    said = message(
+        f"--{part}.parallel.tensor_model_parallel_size={tp}",
+        f"--{part}.parallel.pipeline_model_parallel_size={pp}",
+        "--global_batch_size=12",
+        "--micro_batch_size=1",
+        world_size=world_size,
+    )
+    assert said.startswith(f"{part}.parallel.")
+    assert words.format(part) in said
+
+
+def test_a_batch_that_the_data_parallel_ranks_cannot_share(message):
+    said = message("--global_batch_size=9", "--micro_batch_size=2", world_size=2)
+    assert said.startswith("global_batch_size = 9 must be a multiple of micro_batch_size = 2")
+    assert "set global_batch_size to 8 or 12" in said
+
+
+@pytest.mark.parametrize("alpha", ["0", "-1", "0.0"])
+def test_an_alpha_that_is_not_positive_names_the_limit(alpha, message):
+    said = message(f"--objective.alpha={alpha}")
+    assert said.startswith("objective.alpha must be > 0")
+    assert "objective.kind = 'log_ratio'" in said
+
+
+@pytest.mark.parametrize(
+    ("argument", "nearest"),
+    [
+        ("--optimizer.lrr=1", "optimizer.lr"),
+        ("--rollout.max_new_token=1", "rollout.max_new_tokens"),
+        ("--objektive.alpha=1", "objective.alpha"),
+        ("--train_step=1", "train_steps"),
+    ],
+)
+def test_an_unknown_setting_is_answered_with_the_nearest(argument, nearest, message):
+    name = argument.removeprefix("--").partition("=")[0]
+    said = message(argument)
+    assert said.startswith(f"{name} is not a setting; did you mean ")
+    assert nearest in said
+
+
+@pytest.mark.parametrize("setting", ["data.train_files", "data.eval_files"])
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        ("", " is empty; expected one JSON object a line"),
+        ('{"prompt": "1+2=", "answer": "3"}\nnot json\n', ":2 is not valid JSON"),
+        ('{"prompt": "1+2=", "answer": "3"}\n\n{"prompt": "1=", "answer": "1"}\n', ":2 is blank"),
+        ('{"question": "1+2=", "answer": "3"}\n', ':1: expected one of "prompt" and "messages"'),
+        (
+            '{"prompt": "1=", "answer": "1"}\n{"prompt": "1+1+1+1+1+1+1+1+1=", "answer": "9"}\n',
+            ":2: the prompt has 18 tokens, more than data.max_prompt_length = 16; raise that",
+        ),
+    ],
+)
+def test_a_prompt_file_that_cannot_be_used(setting, lines, words, message, tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(lines)
+    said = message(f'--{setting}=["{file}"]')
+    assert said.startswith(f"{setting}: {file}")
+    assert words in said
+
+
+def test_prompts_that_are_not_there_or_have_no_answer_to_evaluate(message, tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    said = message(f'--data.train_files=["{file}"]')
+    assert said == f"data.train_files: {file} is not a file"
+    file.write_text('{"prompt": "1+2="}\n')
+    said = message(f'--data.eval_files=["{file}"]')
+    assert said.startswith(f'data.eval_files: {file}:1 has no "answer"')
+
+
+def test_responses_longer_than_the_models_positions(message):
+    said = message("--rollout.max_new_tokens=501")
+    assert said.startswith("rollout.max_new_tokens = 501 after a prompt of 12 tokens exceeds")
+    assert "use at most 500" in said
+
+
+def test_an_output_dir_that_is_a_file(message, tmp_path):
+    (tmp_path / "run").write_text("mine")
+    assert message() == f"output_dir: {tmp_path / 'run'} is a file; name a folder"
+    assert (tmp_path / "run").read_text() == "mine"
+
+
+@pytest.mark.parametrize("kept", [0, 7, 5000, -1])
+def test_weights_that_are_cut_off(kept, message, tmp_path):
+    file = copied("student", tmp_path / "student") / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:kept])
+    said = message(f"--student.path={tmp_path / 'student'}")
+    assert said.startswith(f"student.path: {file} can't be read")
+
+
+def test_under_torchrun_the_message_is_printed_once_and_the_exit_code_is_2(tmp_path):
+    none = tmp_path / "none"
+    ended = launch(settings(tmp_path / "run", f"--teacher.path={none}"), world_size=2).expect(2)
+    assert only_message(ended.stderr) == f"teacher.path: {none} is not a folder"
+    assert ended.stdout == ""
+
+
+def test_weights_that_do_not_fit_config_json_end_all_ranks_and_bind_no_later_start(tmp_path):
+    folder = copied("student", tmp_path / "student")
+    tensors = load_file(folder / "model.safetensors")
+    lost = tensors.pop("model.layers.3.mlp.down_proj.weight")
+    save_file(tensors, folder / "model.safetensors")
+    run = settings(tmp_path / "run", f"--student.path={folder}", *NO_EVALUATION, steps=3)
+    ended = train([*run, "--student.parallel.pipeline_model_parallel_size=2"], world_size=2)
+    said = only_message(ended.expect(2).stderr)
+    assert said.startswith(f"student.path: {folder} has no tensor model.layers.3.mlp.down_proj")
+    assert not (tmp_path / "run" / "config.toml").exists()
+
+    save_file(tensors | {"model.layers.3.mlp.down_proj.weight": lost}, folder / "model.safetensors")
+    train([*run, "--seed=7"]).expect(0)
+
+
+def test_a_run_with_other_frozen_settings_is_refused_with_each_difference(one, monkeypatch, capfd):
+    monkeypatch.chdir(REPO)
+    before = (one.folder / "config.toml").read_bytes()
+    changes = ("--objective.alpha=2", "--seed=5", "--micro_batch_size=4", "--eval.interval=2")
+    assert main(["train", *one.arguments, *changes]) == 2
+    said = only_message(capfd.readouterr().err)
+    assert said.startswith(f"{one.folder} holds a run with other settings: ")
+    assert "seed: was 1234, is 5; objective.alpha: was 1.0, is 2.0. " in said
+    assert "micro_batch_size" not in said
+    assert (one.folder / "config.toml").read_bytes() == before
+
+
+def test_fewer_steps_than_are_done(one, tmp_path):
+    folder = rewound(one.folder, 8, tmp_path / "run")
+    before = (folder / "config.toml").read_bytes()
+    said = only_message(train(settings(folder, steps=6)).expect(2).stderr)
+    assert said.startswith("train_steps = 6, but ")
+    assert "has a checkpoint of step 8: set train_steps to at least that" in said
+    assert (folder / "config.toml").read_bytes() == before
+
+
+def test_a_corrupt_newest_checkpoint_is_named_and_the_remedy_works(one, tmp_path):
+    folder = rewound(one.folder, 8, tmp_path / "run")
+    newest = folder / "checkpoints" / "step_000008"
+    file = newest / "__0_0.distcp"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    said = only_message(train(settings(folder)).expect(2).stderr)
+    assert said.startswith(f"{file} is corrupt: its SHA-256 is not the manifest's")
+    assert f"delete {newest} to resume from the checkpoint before it" in said
+
+    shutil.rmtree(newest)
+    assert "going on after step 4" in train(settings(folder)).expect(0).stdout
+
+
+def test_a_file_that_one_rank_finds_missing_ends_both_with_one_message(tp2, tmp_path):
+    folder = rewound(tp2.folder, 8, tmp_path / "run")
+    file = folder / "checkpoints" / "step_000008" / "__1_0.distcp"
+    file.unlink()
+    ended = train(settings(folder, tp=2), world_size=2).expect(2)
+    assert only_message(ended.stderr).startswith(f"{file} is missing; restore it, or delete ")
+
+
+def test_a_checkpoint_of_another_model_or_of_other_prompts(tmp_path):
+    folder = copied("student", tmp_path / "student")
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "1+2="}\n' * 5)
+    changes = (f"--student.path={folder}", f'--data.train_files=["{prompts}"]')
+    run = settings(tmp_path / "run", *changes, *NO_EVALUATION, steps=3)
+    train(run).expect(0)
+
+    longer = [*run, "--train_steps=4"]
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-5}))
+    said = only_message(train(longer).expect(2).stderr)
+    assert "step_000003 belongs to another student: layernorm_epsilon was 1e-06" in said
+
+    (folder / "config.json").write_text(json.dumps(config))
+    prompts.write_text('{"prompt": "1+2="}\n' * 6)
+    said = only_message(train(longer).expect(2).stderr)
+    assert "written with 5 training prompts, but data.train_files now has 6" in said
+
+
+def test_a_second_run_in_the_same_folder_is_refused_and_the_first_goes_on(tmp_path):
+    run = settings(tmp_path / "run", *NO_EVALUATION, steps=1000)
+    with ForkedRun(run) as first:
+        first.wait_until(lambda: 1 in steps_recorded(tmp_path / "run"))
+        said = only_message(train(run).expect(2).stderr)
+        assert said == f"output_dir: another run is writing to {tmp_path / 'run'}"
+        done = steps_recorded(tmp_path / "run")
+        assert done == list(range(len(done)))
+        first.wait_until(lambda: len(steps_recorded(tmp_path / "run")) > len(done))
