@@ -16,7 +16,7 @@ import json
 import torch
 import torch.distributed as dist
 from poweropd_megatron.errors import InputError
-from poweropd_megatron.parallel import cpu_device, world
+from poweropd_megatron.parallel import world
 
 device = world.start(timeout_minutes=1)
 try:
@@ -28,7 +28,6 @@ shared = world.share_rows(rows, torch.tensor([1, 0]), (2, 1), speaks=True, devic
 print(json.dumps({
     "device": str(device),
     "backend": dist.get_backend(),
-    "installed": cpu_device.is_installed(),
     "text": text,
     "result": world.agreed(lambda: 5),
     "shared": shared.tolist(),
@@ -66,7 +65,6 @@ def test_one_rank_starts_without_torchrun_and_needs_nobody() -> None:
     assert json.loads(run.stdout.splitlines()[-1]) == {
         "device": "cpu",
         "backend": "gloo",
-        "installed": True,
         "text": "alone",
         "result": 5,
         "shared": [[7.5], [2.5]],
