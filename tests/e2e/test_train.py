@@ -40,6 +40,12 @@ def everything_in(folder: Path) -> dict[str, tuple[int, bytes]]:
     }
 
 
+def test_the_launch_script_runs_two_processes_and_returns_0(tp2):
+    assert tp2.ended.codes == [0]
+    assert "--nproc-per-node=2" in tp2.ended.stderr.splitlines()[0]
+    assert "TP 2 x PP 1" in tp2.ended.stdout
+
+
 def test_a_run_writes_everything_that_it_promises_and_nothing_else(tp2):
     assert {entry.name for entry in tp2.folder.iterdir()} == {
         *("config.toml", "metrics.jsonl", "diagnostics.jsonl", "samples.jsonl", "checkpoints"),

@@ -30,7 +30,7 @@ def build(folder: Path, *changes: str, steps: int, tp: int = 1) -> Run:
         )
     )
     inputs = read_inputs(config, world_size=world.world_size_from_environment())
-    return build_run(config, inputs, world.start(timeout_minutes=1))
+    return build_run(config, inputs, world.start(timeout_minutes=3))
 
 
 def train_and_save(run: Run, *, first_step: int) -> None:

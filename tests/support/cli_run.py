@@ -51,7 +51,7 @@ def settings(
         *("--config", "launch/recipes/chain_sum.toml", f"--output_dir={output_dir}"),
         *(f"--train_steps={steps}", "--optimizer.lr_warmup_iters=2", "--optimizer.lr=1e-3"),
         *("--global_batch_size=8", "--micro_batch_size=2", "--teacher.micro_batch_size=4"),
-        *("--checkpoint.interval=4", "--checkpoint.keep_last=9", "--distributed_timeout_minutes=1"),
+        *("--checkpoint.interval=4", "--checkpoint.keep_last=9", "--distributed_timeout_minutes=3"),
         *("--eval.interval=4", "--eval.max_prompts=6", "--eval.num_samples=2"),
         *("--telemetry.diagnostics_interval=2", "--telemetry.num_logged_samples=4"),
         *layout,
