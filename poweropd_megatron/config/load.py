@@ -6,6 +6,7 @@ command line, which carry no types of their own, and writes --help.
 
 import argparse
 import dataclasses
+import os
 import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
@@ -40,7 +41,7 @@ def parse_train_config(argv: Sequence[str]) -> TrainConfig:
     """Return the settings of a run from --config files and dotted overrides.
 
     Of several --config files a later one wins; the command line wins over all of them. The result
-    satisfies rules.check as far as that needs no number of ranks.
+    satisfies rules.check, for torchrun's number of ranks where WORLD_SIZE tells it.
 
     Raises: ConfigError with one message that names the setting, the value and what is expected.
     SystemExit(0) after --help or --print_config.
@@ -60,7 +61,8 @@ def parse_train_config(argv: Sequence[str]) -> TrainConfig:
     for path in options.config:
         values |= read_toml(Path(path))
     config: TrainConfig = _build(TrainConfig, _override(values, overrides))
-    check(config)
+    world_size = os.environ.get("WORLD_SIZE")
+    check(config, world_size=int(world_size) if world_size else None)
     if options.print_config:
         print(to_toml(config), end="")
         raise SystemExit(0)

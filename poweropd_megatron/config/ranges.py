@@ -36,7 +36,6 @@ RANGES: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
     "at least 0": (
         lambda value: 0 <= value < math.inf,
         (
-            "seed",
             "rollout.top_k",
             "optimizer.min_lr",
             "optimizer.lr_warmup_iters",
@@ -48,10 +47,14 @@ RANGES: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
             "telemetry.num_logged_samples",
         ),
     ),
+    "at least 0 and less than 2**31": (lambda value: 0 <= value < 2**31, ("seed",)),
+    "greater than 0 and at most 100000": (
+        lambda value: 0 < value <= 100_000,
+        ("distributed_timeout_minutes",),
+    ),
     "greater than 0 and finite": (
         lambda value: 0 < value < math.inf,
         (
-            "distributed_timeout_minutes",
             "rollout.temperature",
             "optimizer.lr",
             "optimizer.adam_eps",

@@ -14,6 +14,7 @@ from poweropd_megatron.config.schema import (
     ParallelConfig,
     TrainConfig,
 )
+from poweropd_megatron.config.settings import SETTINGS
 from poweropd_megatron.errors import ConfigError
 
 CHANGEABLE_ON_RESUME = (
@@ -25,8 +26,7 @@ CHANGEABLE_ON_RESUME = (
     "teacher.parallel.*",
     "teacher.micro_batch_size",
     "rollout.micro_batch_size",
-    "data.eval_files",
-    "eval.*",
+    "eval.interval",
     "checkpoint.*",
     "telemetry.*",
 )
@@ -90,15 +90,26 @@ def check_model_layout(
 def frozen_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Return a line for each setting that differs and that a resumed run may not change.
 
-    Both are dataclasses.asdict of a TrainConfig. A line reads "objective.alpha: was 5.0, is 1.0".
+    Both are dataclasses.asdict of a TrainConfig, or flat by dotted name; what `old` doesn't have,
+    being of an older release, had its default. A line reads "objective.alpha: was 5.0, is 1.0".
     """
-    before, after = dict(_flatten(old)), dict(_flatten(new))
+    defaults = {name: setting.default for name, setting in SETTINGS.items() if not setting.required}
+    before = _effective(dict(_flatten(defaults)) | dict(_flatten(old)))
+    after = _effective(dict(_flatten(new)))
     return [
         f"{name}: was {_shown(before.get(name))}, is {_shown(after.get(name))}"
         for name in dict.fromkeys([*before, *after])
         if before.get(name) != after.get(name)
         and not any(fnmatchcase(name, pattern) for pattern in CHANGEABLE_ON_RESUME)
     ]
+
+
+def _effective(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return flat settings with the decay's end in place: more train_steps would move it."""
+    if settings.get("optimizer.lr_decay_style", "constant") == "constant":
+        return settings | {"optimizer.lr_decay_iters": None}
+    end = settings.get("optimizer.lr_decay_iters") or settings.get("train_steps")
+    return settings | {"optimizer.lr_decay_iters": end}
 
 
 def _check_objective(objective: ObjectiveConfig) -> None:

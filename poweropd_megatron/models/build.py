@@ -1,7 +1,6 @@
 """A Qwen3 on Megatron-Core, its weights taken straight from a Hugging Face folder."""
 
-from collections.abc import Sequence
-from typing import Any, cast
+from typing import cast
 
 import torch
 from megatron.core.models.gpt import GPTModel
@@ -127,11 +126,6 @@ def build_model(
 def layer_numbers(chunk: GPTModel) -> list[int]:
     """Return the numbers, from 0, of the layers that a model chunk holds."""
     return [layer.layer_number - 1 for layer in chunk.decoder.layers]
-
-
-def unwrap(chunks: Sequence[Any]) -> list[GPTModel]:
-    """Return the models inside their DistributedDataParallel wrappers."""
-    return [getattr(chunk, "module", chunk) for chunk in chunks]
 
 
 def _block_spec(num_layers: int) -> TransformerBlockSubmodules:

@@ -12,6 +12,7 @@ from poweropd_megatron.data.prompts import Prompt, load_prompts
 from poweropd_megatron.data.tokenizer import Tokenizer, check_same_vocabulary
 from poweropd_megatron.errors import ConfigError, InputError
 from poweropd_megatron.models.hf_folder import HFFolder
+from poweropd_megatron.models.hf_weights import weights_of
 from poweropd_megatron.models.qwen3 import Qwen3Config
 
 
@@ -42,7 +43,7 @@ def read_inputs(config: TrainConfig, *, world_size: int) -> RunInputs:
     for name, part in (("student", config.student), ("teacher", config.teacher)):
         setting = f"{name}.path"
         model = Qwen3Config.from_folder(part.path, setting=setting)
-        HFFolder(part.path, setting=setting)
+        _check_tensors(model, HFFolder(part.path, setting=setting))
         rules.check_model_layout(
             "student" if name == "student" else "teacher",
             part.parallel,
@@ -96,6 +97,23 @@ def _check_output_dir(output_dir: str) -> None:
         raise ConfigError(f"output_dir: {existing} is a file; name a folder that can be made")
     if not os.access(existing, os.W_OK):
         raise ConfigError(f"output_dir: {existing} can't be written to; name another folder")
+
+
+def _check_tensors(model: Qwen3Config, folder: HFFolder) -> None:
+    """Refuse a folder whose tensors are not those of its config.json, such as other layers."""
+    expected = {
+        name
+        for weight in weights_of(model, range(model.num_layers))
+        for name in weight.hugging_face
+    }
+    found = folder.names() - ({"lm_head.weight"} if model.tie_word_embeddings else set())
+    for names, what in ((expected - found, "lacks"), (found - expected, "has, beyond that,")):
+        if names:
+            raise InputError(
+                f"{folder.setting}: config.json describes {model.num_layers} layers, but "
+                f"{folder.path} {what} {', '.join(sorted(names)[:3])}"
+                + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+            )
 
 
 def _check_vocabulary_sizes(

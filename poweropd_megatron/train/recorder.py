@@ -15,6 +15,7 @@ from poweropd_megatron.telemetry.report import write_report
 from poweropd_megatron.telemetry.sinks import JsonlSink, read_jsonl, write_json_atomically
 from poweropd_megatron.train.evaluation import Evaluation
 from poweropd_megatron.train.inputs import RunInputs
+from poweropd_megatron.train.step_metrics import TRAINING_PHASES
 
 
 class Recorder:
@@ -120,6 +121,15 @@ class Recorder:
                 self._samples.write({"step": step, **sample})
         self._metrics.write({"step": step, **metrics, **evaluated})
 
+    def add_evaluation(self, step: int, evaluation: Evaluation) -> None:
+        """Record an evaluation of a step that was recorded before, in that step's line."""
+        if self._console:
+            *_, recorded = read_jsonl(self._metrics.path)
+            for sink in (self._metrics, self._samples):
+                sink.truncate_after(step - 1)
+            metrics = {name: value for name, value in recorded.items() if name != "step"}
+            self.step(step, metrics, diagnostics=None, evaluation=evaluation)
+
     def finish(self, export: Path) -> None:
         """Write summary.json and report.html, and say what improved and where everything lies."""
         if not self._console:
@@ -143,7 +153,9 @@ def summarise(records: list[dict[str, Any]], config: TrainConfig, export: Path) 
         "before": evaluations[0] if evaluations else {},
         "after": evaluations[-1] if evaluations else {},
         "steps": len(steps),
-        "train_seconds": sum(record["time/step_seconds"] for record in steps),
+        "train_seconds": sum(
+            record[f"time/{phase}_seconds"] for record in steps for phase in TRAINING_PHASES
+        ),
         "grad_norm": {"median": statistics.median(norms), "max": max(norms)},
         "objective": {"kind": config.objective.kind, "alpha": config.objective.alpha},
         "student": config.student.path,

@@ -54,19 +54,26 @@ def _hush_libraries() -> None:
     A rank prints some twenty such lines before its first step; errors still come through.
     """
     warnings.filterwarnings("ignore", module=r"megatron\.")
-    warnings.filterwarnings("ignore", module=r"torch\.distributed\.", category=FutureWarning)
+    warnings.filterwarnings("ignore", module=r"torch\.distributed\.")
     for name in ("megatron.core", "torch.utils.cpp_extension"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def check_same_run(config: TrainConfig) -> None:
-    """Return if output_dir is new, or holds a run with these settings.
+    """Return if output_dir has no checkpoint to resume from, or that of a run with these settings.
 
-    Raises: ConfigError that lists the settings that differ and may not.
+    Raises: ConfigError that lists the settings that differ and may not, or train_steps that are
+    done already.
     """
     path = Path(config.output_dir) / "config.toml"
-    if not path.exists():
+    steps = _checkpoints(config)
+    if not path.exists() or not steps:
         return
+    if steps[-1] > config.train_steps:
+        raise ConfigError(
+            f"train_steps = {config.train_steps}, but {config.output_dir} has a checkpoint of step "
+            f"{steps[-1]}: set train_steps to at least that, or choose another output_dir"
+        )
     differences = frozen_differences(read_toml(path), dataclasses.asdict(config))
     if differences:
         raise ConfigError(
@@ -78,12 +85,17 @@ def check_same_run(config: TrainConfig) -> None:
 def finished_summary(config: TrainConfig) -> dict[str, Any] | None:
     """Return summary.json if output_dir holds a run that has reached train_steps and its export."""
     folder = Path(config.output_dir)
-    checkpoints = CheckpointStore(folder / "checkpoints").steps()
-    if checkpoints[-1:] != [config.train_steps] or not (folder / "export").is_dir():
+    if _checkpoints(config)[-1:] != [config.train_steps] or not (folder / "export").is_dir():
         return None
-    path = folder / "summary.json"
-    summary: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.exists() else {}
-    return summary if summary.get("steps") == config.train_steps else None
+    try:
+        summary: dict[str, Any] = json.loads((folder / "summary.json").read_text("utf-8"))
+        return summary if summary["steps"] == config.train_steps else None
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
+def _checkpoints(config: TrainConfig) -> list[int]:
+    return CheckpointStore(Path(config.output_dir) / "checkpoints").steps()
 
 
 def _tell_again(config: TrainConfig, summary: dict[str, Any]) -> None:
@@ -106,16 +118,15 @@ def _train(config: TrainConfig, inputs: RunInputs, device: torch.device) -> None
     with run.recorder.speaking():
         run.recorder.introduce(inputs)
         last_step = run.state.load_latest()
-        if last_step > config.train_steps:
-            raise ConfigError(
-                f"train_steps = {config.train_steps}, but {config.output_dir} has a checkpoint of "
-                f"step {last_step}: set train_steps to at least that, or choose another output_dir"
-            )
         if run.recorder.is_first_rank:
             replace_text(Path(config.output_dir) / "config.toml", to_toml(config))
         run.recorder.start(last_step)
         if last_step == 0:
             run.recorder.step(0, {}, diagnostics=None, evaluation=loop.evaluate(run, 0))
+        elif last_step == config.train_steps:
+            evaluation = loop.evaluate(run, last_step)
+            if evaluation is not None:
+                run.recorder.add_evaluation(last_step, evaluation)
         loop.train(run, first_step=last_step + 1)
         folder = export(
             run.student,

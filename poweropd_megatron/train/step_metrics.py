@@ -42,7 +42,8 @@ def step_metrics(
     reward_N = reward(teacher_logp_N, student_logp_N)
     num_tokens = len(reward_N)
     response_BT = trajectories.response_mask_BT
-    gap_N = (student_logp_N - trajectories.behaviour_logp_BT[mask_BT]).abs()
+    as_drawn_BT = mask_BT & (labels.student_BT == trajectories.token_ids_BT)
+    gap_N = (outcome.logp_BT - trajectories.behaviour_logp_BT)[as_drawn_BT].abs()
     lengths_B = trajectories.response_lengths_B
     eos_rate = float((trajectories.finish_B == FINISH_STOP).float().mean())
     return {
@@ -56,7 +57,7 @@ def step_metrics(
         "rollout/eos_rate": eos_rate,
         "rollout/truncation_rate": 1 - eos_rate,
         "rollout/truncated_mass": float(trajectories.truncated_mass_BT[response_BT].mean()),
-        "rollout/logp_gap": float(gap_N.max()) if num_tokens else 0.0,
+        "rollout/logp_gap": float(gap_N.max()) if len(gap_N) else 0.0,
         "num_tokens": num_tokens,
     }
 

@@ -95,6 +95,10 @@ def resumed_one(runs: Path, killed_one: Path) -> RunFolder:
 def bf16(runs: Path) -> RunFolder:
     """Return a run of two steps in one process, in bf16, of a student whose folder is in fp32."""
     arguments = settings(
-        runs / "bf16", "--student.dtype=bf16", "--optimizer.lr_warmup_iters=0", steps=2
+        runs / "bf16",
+        "--student.dtype=bf16",
+        "--optimizer.lr_warmup_iters=0",
+        "--optimizer.lr_decay_style=constant",
+        steps=2,
     )
     return RunFolder(folder=runs / "bf16", arguments=arguments, ended=train(arguments).expect(0))

@@ -22,15 +22,7 @@ MAY_CHANGE = [
     "teacher.parallel.sequence_parallel",
     "teacher.micro_batch_size",
     "rollout.micro_batch_size",
-    "data.eval_files",
     "eval.interval",
-    "eval.num_samples",
-    "eval.greedy",
-    "eval.temperature",
-    "eval.top_p",
-    "eval.top_k",
-    "eval.max_new_tokens",
-    "eval.max_prompts",
     "checkpoint.interval",
     "checkpoint.keep_last",
     "telemetry.log_interval",
@@ -68,7 +60,7 @@ def test_differences_survive_json_and_show_tables_key_by_key():
             ["--objective.alpha=5"],
             [
                 "--objective.alpha=1",
-                "--optimizer.lr_decay_iters=2",
+                "--optimizer.clip_grad=2",
                 "--data.chat_template_kwargs={enable_thinking = false}",
             ],
         )
@@ -77,6 +69,40 @@ def test_differences_survive_json_and_show_tables_key_by_key():
     assert frozen_differences(saved, old) == []
     assert frozen_differences(saved, new) == [
         "objective.alpha: was 5.0, is 1.0",
-        "optimizer.lr_decay_iters: was not set, is 2",
+        "optimizer.clip_grad: was 1.0, is 2.0",
         "data.chat_template_kwargs.enable_thinking: was not set, is False",
+    ]
+
+
+def resolved(*changes):
+    return dataclasses.asdict(
+        parse_train_config(
+            [
+                *("--output_dir=o", "--train_steps=6", "--global_batch_size=2", "--student.path=s"),
+                *("--teacher.path=t", '--data.train_files=["a"]', *changes),
+            ]
+        )
+    )
+
+
+def test_more_steps_may_not_stretch_a_decay_unnoticed():
+    decays = "--optimizer.lr_decay_style=cosine"
+    old = resolved(decays)
+    assert frozen_differences(old, resolved(decays, "--train_steps=9")) == [
+        "optimizer.lr_decay_iters: was 6, is 9"
+    ]
+    kept = resolved(decays, "--train_steps=9", "--optimizer.lr_decay_iters=6")
+    assert frozen_differences(old, kept) == []
+
+
+def test_more_steps_at_a_constant_learning_rate_are_no_difference():
+    assert frozen_differences(resolved(), resolved("--train_steps=9")) == []
+
+
+def test_a_setting_that_an_older_release_did_not_have_had_its_default():
+    old = resolved()
+    del old["objective"]["terminal"]
+    assert frozen_differences(old, resolved()) == []
+    assert frozen_differences(old, resolved("--objective.terminal=raw")) == [
+        "objective.terminal: was 'mask', is 'raw'"
     ]

@@ -74,6 +74,8 @@ def test_every_number_has_a_range():
 OUTSIDE = {
     "at least 1": (0, -3),
     "at least 0": (-1, -1e-9, math.inf, math.nan),
+    "at least 0 and less than 2**31": (-1, 2**31),
+    "greater than 0 and at most 100000": (0, -1.0, 100_001, math.inf, math.nan),
     "greater than 0 and finite": (0, -1.0, math.inf, math.nan),
     "greater than 0 and at most 1": (0, 1.001, -0.1, math.nan),
     "at least 0 and less than 1": (-0.1, 1, math.nan),
@@ -82,6 +84,8 @@ OUTSIDE = {
 INSIDE = {
     "at least 1": (1,),
     "at least 0": (0,),
+    "at least 0 and less than 2**31": (0, 2**31 - 1),
+    "greater than 0 and at most 100000": (1e-12, 100_000),
     "greater than 0 and finite": (1e-12,),
     "greater than 0 and at most 1": (1e-12, 1),
     "at least 0 and less than 1": (0, 0.999),
