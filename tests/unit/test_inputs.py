@@ -294,3 +294,14 @@ def test_an_output_folder_below_a_file_is_refused(config: TrainConfig, tmp_path:
     (tmp_path / "runs").write_text("")
     config.output_dir = str(tmp_path / "runs" / "new")
     refused(config, ConfigError, f"output_dir: {tmp_path / 'runs'} is a file")
+
+
+@pytest.mark.parametrize("model", ["student", "teacher"])
+def test_a_config_that_describes_other_layers_than_the_weights_is_refused(
+    config: TrainConfig, model: str
+) -> None:
+    folder = getattr(config, model).path
+    edit_json(f"{folder}/config.json", num_hidden_layers=2)
+    refused(config, InputError, f"{model}.path", "describes 2 layers", "model.layers.2.", "more")
+    edit_json(f"{folder}/config.json", num_hidden_layers=8)
+    refused(config, InputError, f"{model}.path", "describes 8 layers", "lacks model.layers.4.")
