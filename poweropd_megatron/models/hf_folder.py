@@ -20,7 +20,7 @@ def read_json(path: Path, setting: str) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{setting}: {path} is missing; expected a Hugging Face folder") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{setting}: {path} can't be read as JSON: {error}") from None
     if not isinstance(value, dict):
         raise InputError(f"{setting}: {path} holds a {type(value).__name__}, expected an object")
@@ -75,6 +75,12 @@ class HFFolder:
             weight_map = read_json(index_path, self.setting).get("weight_map")
             if not isinstance(weight_map, dict):
                 raise InputError(f"{self.setting}: {index_path} has no weight_map")
+            for name, place in weight_map.items():
+                if not isinstance(place, str):
+                    raise InputError(
+                        f"{self.setting}: {index_path} places {name} in {place!r}, expected the "
+                        "name of a file"
+                    )
             for file_name in sorted(set(weight_map.values())):
                 names = [name for name, place in weight_map.items() if place == file_name]
                 self._check_file_holds(self.path / file_name, names)

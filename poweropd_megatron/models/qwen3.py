@@ -71,6 +71,9 @@ def _refuse_what_is_not_modelled(raw: dict[str, Any], path: Path, setting: str) 
         raise InputError(
             f"{setting}: {path} has model_type {model_type!r}; supported is 'qwen3' (dense Qwen3)"
         )
+    for name in ("rope_scaling", "rope_parameters"):
+        if not isinstance(raw.get(name), dict | None):
+            raise InputError(f"{setting}: {path}: {name} is {raw[name]!r}, expected an object")
     rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     refused = {

@@ -82,6 +82,12 @@ def test_the_bundled_models_are_read(student_folder: Path, teacher_folder: Path)
             {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}},
             "rope_type = 'yarn' is not supported",
         ),
+        ({"rope_scaling": ["x"]}, r"rope_scaling is \['x'\], expected an object"),
+        ({"rope_scaling": "yarn"}, "rope_scaling is 'yarn', expected an object"),
+        (
+            {"rope_theta": MISSING, "rope_parameters": ["x"]},
+            r"rope_parameters is \['x'\], expected an object",
+        ),
         ({"use_sliding_window": True}, "use_sliding_window = True is not supported"),
         ({"attention_bias": True}, "attention_bias = True is not supported"),
         ({"quantization_config": {"bits": 4}}, "quantization_config = .* is not supported"),
