@@ -59,8 +59,10 @@ class Evaluator:
         """Return the evaluation of the current weights. Called by all ranks.
 
         With several files each metric is the mean over the files (as the papers average
-        benchmarks), and each file's own stands under eval/<stem>/.
+        benchmarks), and each file's own stands under eval/<stem>/. eval/answer_failures counts
+        the answers, of all files, that are taken for wrong because they couldn't be checked.
         """
+        failures_before = self._checker.num_failures
         by_source: dict[str, dict[str, float]] = {}
         samples: list[dict[str, Any]] = []
         for number, (source, prompts) in enumerate(self._prompts_by_source.items()):
@@ -77,6 +79,9 @@ class Evaluator:
                 samples += [] if self._config.greedy else rows
             by_source[source] |= _shape_metrics(graded)
         metrics = {f"eval/{name}": value for name, value in _mean_over_sources(by_source).items()}
+        if by_source:
+            failures = self._checker.num_failures - failures_before
+            metrics["eval/answer_failures"] = float(failures)
         if len(by_source) > 1:
             for source, values in by_source.items():
                 metrics |= {f"eval/{source}/{name}": value for name, value in values.items()}

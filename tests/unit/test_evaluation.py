@@ -54,6 +54,14 @@ def tokenizer(student_folder: Path) -> Tokenizer:
     return Tokenizer.from_folder(student_folder)
 
 
+class ForgetfulChecker(ExactChecker):
+    """Can't judge a response that is cut, as a checker of expressions that runs out of time."""
+
+    def check(self, response: str, answer: str) -> bool:
+        self.num_failures += response == CUT
+        return super().check(response, answer)
+
+
 def prompt(text: str, source: str, tokenizer: Tokenizer) -> Prompt:
     answer = str(sum(map(int, text.rstrip("=").split("+"))))
     return Prompt(text=text, token_ids=tuple(tokenizer.encode(text)), answer=answer, source=source)
@@ -65,6 +73,7 @@ def evaluate(
     sources: dict[str, list[str]],
     *,
     num_logged_samples: int = 0,
+    checker: ExactChecker | None = None,
     **settings: Any,
 ) -> tuple[Evaluation, ScriptedEngine]:
     engine = ScriptedEngine(tokenizer, scripts)
@@ -76,7 +85,7 @@ def evaluate(
         },
         engine=engine,
         tokenizer=tokenizer,
-        checker=ExactChecker("#"),
+        checker=checker or ExactChecker("#"),
         num_logged_samples=num_logged_samples,
     )
     return evaluator.evaluate(weight_version=12), engine
@@ -98,6 +107,7 @@ def test_one_files_metrics_are_those_computed_by_hand(tokenizer: Tokenizer) -> N
             "eval/response_length": (3 * 3 + 2 * 4 + 3 * 3) / 8,
             "eval/eos_rate": 5 / 8,
             "eval/truncation_rate": 3 / 8,
+            "eval/answer_failures": 0,
         }
     )
 
@@ -143,6 +153,22 @@ def test_several_files_are_averaged_with_equal_weight_and_reported_each(
     assert metrics["eval/avg@2_se"] == pytest.approx(math.hypot(a_error, b_error) / 2)
 
 
+def test_answers_that_could_not_be_checked_are_counted_anew_over_all_files(
+    tokenizer: Tokenizer,
+) -> None:
+    sources = {"a": ["3+4=", "5+2="], "b": ["7="]}
+    checker = ForgetfulChecker("#")
+    scripts = [[CUT, WRONG], [RIGHT, CUT, CUT, RIGHT], [RIGHT], [CUT, CUT]]
+    first, _ = evaluate(tokenizer, scripts, sources, checker=checker, num_samples=2)
+    assert first.metrics["eval/answer_failures"] == 5
+    assert first.metrics["eval/avg@2"] == 0.25
+    assert [name for name in first.metrics if "failures" in name] == ["eval/answer_failures"]
+    scripts = [[RIGHT, CUT], [RIGHT] * 4, [RIGHT], [RIGHT] * 2]
+    second, _ = evaluate(tokenizer, scripts, sources, checker=checker, num_samples=2)
+    assert second.metrics["eval/answer_failures"] == 1
+    assert checker.num_failures == 6
+
+
 def test_only_the_greedy_answer_is_given_where_no_samples_are_asked_for(
     tokenizer: Tokenizer,
 ) -> None:
@@ -154,6 +180,7 @@ def test_only_the_greedy_answer_is_given_where_no_samples_are_asked_for(
             "eval/response_length": 3.0,
             "eval/eos_rate": 0.5,
             "eval/truncation_rate": 0.5,
+            "eval/answer_failures": 0,
         }
     )
     assert len(engine.calls) == 1
