@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from jinja2 import Template
 
 from poweropd_megatron.data import chat_template
-from poweropd_megatron.data.chat_template import Message
+from poweropd_megatron.data.chat_template import ChatTemplate, Message
 from poweropd_megatron.errors import ConfigError, InputError
 
 MAX_LISTED_DIFFERENCES = 5
 WRITE_TOKENIZER = "transformers: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+CONFIG_NAME = "tokenizer_config.json"
 SPECIAL_TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token")
 
 
@@ -31,7 +31,7 @@ class Tokenizer:
     """Every token that ends a response; the first is the primary one."""
     special_tokens: dict[str, str]
     """bos_token, eos_token and so on, where the folder sets them; chat templates use them."""
-    template: Template | None
+    template: ChatTemplate | None
 
     @classmethod
     def from_folder(cls, path: str | Path, *, setting: str = "student.path") -> "Tokenizer":
@@ -42,10 +42,12 @@ class Tokenizer:
         """
         folder = Path(path)
         backend = _read_backend(folder, setting)
-        config = _read_json(folder / "tokenizer_config.json", setting)
+        config = _read_json(folder / CONFIG_NAME, setting)
         _check_added_tokens(backend, config, folder, setting)
         special_tokens = {
-            name: _token_text(config[name]) for name in SPECIAL_TOKEN_NAMES if config.get(name)
+            name: _token_text(config[name], name, folder, setting)
+            for name in SPECIAL_TOKEN_NAMES
+            if config.get(name)
         }
         return cls(
             folder=folder,
@@ -153,8 +155,8 @@ def _read_json(file: Path, setting: str) -> dict[str, Any]:
         content = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{setting}: {file} is missing") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{setting}: {file} is not valid JSON: {error}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{setting}: {file} can't be read as JSON: {error}") from error
     if not isinstance(content, dict):
         raise InputError(f"{setting}: {file} must hold a JSON object, not {type(content).__name__}")
     return content
@@ -164,18 +166,31 @@ def _check_added_tokens(
     backend: tokenizers.Tokenizer, config: Mapping[str, Any], folder: Path, setting: str
 ) -> None:
     """Refuse added tokens that tokenizer.json lacks: transformers would encode other ids."""
-    for index, entry in config.get("added_tokens_decoder", {}).items():
-        if backend.token_to_id(entry["content"]) != int(index):
+    entries = config.get("added_tokens_decoder", {})
+    if not isinstance(entries, dict):
+        raise InputError(
+            f"{setting}: {folder / CONFIG_NAME}: added_tokens_decoder must be an object of ids and "
+            f"tokens, not {type(entries).__name__}; write it again with {WRITE_TOKENIZER}"
+        )
+    for index, entry in entries.items():
+        content = _token_text(entry, f"added_tokens_decoder[{index!r}]", folder, setting)
+        if str(backend.token_to_id(content)) != index:
             raise InputError(
-                f"{setting}: in {folder}, tokenizer_config.json gives {entry['content']!r} the id "
-                f"{index}, tokenizer.json {backend.token_to_id(entry['content'])}; write both "
-                f"again with {WRITE_TOKENIZER}"
+                f"{setting}: in {folder}, {CONFIG_NAME} gives {content!r} the id {index}, "
+                f"tokenizer.json {backend.token_to_id(content)}; write both again with "
+                f"{WRITE_TOKENIZER}"
             )
 
 
-def _token_text(token: str | Mapping[str, Any]) -> str:
-    """Return a special token's text, given as it is or as an object with "content"."""
-    return token if isinstance(token, str) else str(token["content"])
+def _token_text(token: Any, name: str, folder: Path, setting: str) -> str:
+    """Return a token's text, given as it is or as an object with "content"."""
+    content = token.get("content") if isinstance(token, dict) else token
+    if not isinstance(content, str):
+        raise InputError(
+            f"{setting}: {folder / CONFIG_NAME}: {name} is {token!r}, expected text or an object "
+            f'with "content"; write it again with {WRITE_TOKENIZER}'
+        )
+    return content
 
 
 def _find_eos(

@@ -119,11 +119,11 @@ BREAKAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "bad tokenizer config": (
         lambda f: (f / "tokenizer_config.json").write_text("{"),
-        r"tokenizer_config\.json is not valid JSON",
+        r"tokenizer_config\.json can't be read as JSON",
     ),
     "bad generation config": (
         lambda f: (f / "generation_config.json").write_bytes(b"\xff"),
-        r"generation_config\.json is not valid JSON",
+        r"generation_config\.json can't be read as JSON",
     ),
     "generation config of another type": (
         lambda f: (f / "generation_config.json").write_text("[1]"),
@@ -136,6 +136,50 @@ BREAKAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "bad template": (
         lambda f: (f / "chat_template.jinja").write_text("{% if %}"),
         r"chat_template\.jinja is malformed",
+    ),
+    "nested too deeply": (
+        lambda f: (f / "tokenizer_config.json").write_text("[" * 100_000),
+        r"tokenizer_config\.json can't be read as JSON: maximum recursion depth",
+    ),
+    "added tokens in a list": (
+        lambda f: edit_json(f / "tokenizer_config.json", added_tokens_decoder=[1]),
+        r"tokenizer_config\.json: added_tokens_decoder must be an object of ids and tokens",
+    ),
+    "added token without content": (
+        lambda f: edit_json(f / "tokenizer_config.json", added_tokens_decoder={"0": {}}),
+        r"tokenizer_config\.json: added_tokens_decoder\['0'\] is \{\}, expected text or",
+    ),
+    "added token of another type": (
+        lambda f: edit_json(f / "tokenizer_config.json", added_tokens_decoder={"0": 7}),
+        r"tokenizer_config\.json: added_tokens_decoder\['0'\] is 7, expected text or",
+    ),
+    "added token without an id": (
+        lambda f: edit_json(
+            f / "tokenizer_config.json", added_tokens_decoder={"one": {"content": "<eos>"}}
+        ),
+        r"'<eos>' the id one, tokenizer\.json 1;",
+    ),
+    "special token of another type": (
+        lambda f: edit_json(f / "tokenizer_config.json", eos_token={"text": "<eos>"}),
+        r"tokenizer_config\.json: eos_token is \{'text': '<eos>'\}, expected text or",
+    ),
+    "template of another type": (
+        lambda f: edit_json(f / "tokenizer_config.json", chat_template=5),
+        r"tokenizer_config\.json is malformed: expected text or a list .*, got 5",
+    ),
+    "list of bare templates": (
+        lambda f: edit_json(f / "tokenizer_config.json", chat_template=["x"]),
+        r"tokenizer_config\.json is malformed: expected text or a list .*, got \['x'\]",
+    ),
+    "named template of another type": (
+        lambda f: edit_json(
+            f / "tokenizer_config.json", chat_template=[{"name": "default", "template": 5}]
+        ),
+        r"tokenizer_config\.json is malformed: expected text or a list .*, got 5",
+    ),
+    "template in another encoding": (
+        lambda f: (f / "chat_template.jinja").write_bytes(b"\xff"),
+        r"chat_template\.jinja can't be read as UTF-8 text",
     ),
     "moved added token": (give_an_added_token_another_id, r"'<eos>' the id 20, tokenizer\.json 1;"),
 }

@@ -153,8 +153,33 @@ def test_the_default_of_named_templates_is_taken(chat_folder: Path) -> None:
 
 def test_template_that_refuses_messages_says_why(chat_folder: Path) -> None:
     tokenizer = Tokenizer.from_folder(chat_folder)
-    with pytest.raises(InputError, match="role forbidden is not supported"):
+    with pytest.raises(InputError, match=r"tokenizer_config\.json refused .*: role forbidden"):
         tokenizer.render_chat([{"role": "forbidden", "content": "x"}])
+
+
+@pytest.mark.parametrize(
+    ("source", "problem"),
+    [
+        ("{{ 1/0 }}", "ZeroDivisionError: division by zero"),
+        ("{{ messages[0].content + 1 }}", "TypeError: can only concatenate str"),
+        ("{{ 'a'.index('b') }}", "ValueError: substring not found"),
+    ],
+)
+@pytest.mark.parametrize("place", ["chat_template.jinja", "tokenizer_config.json"])
+def test_template_that_fails_names_the_setting_the_file_and_the_error(
+    chat_folder: Path, place: str, source: str, problem: str
+) -> None:
+    if place == "chat_template.jinja":
+        (chat_folder / place).write_text(source)
+    else:
+        edit_json(chat_folder / place, chat_template=source)
+    tokenizer = Tokenizer.from_folder(chat_folder, setting="student.path")
+    with pytest.raises(InputError) as caught:
+        tokenizer.render_chat([{"role": "user", "content": "x"}])
+    assert str(caught.value).startswith(
+        f"student.path: the chat template of {chat_folder / place} failed on the messages with "
+        f"{problem}"
+    )
 
 
 def test_template_cannot_reach_python(chat_folder: Path) -> None:
