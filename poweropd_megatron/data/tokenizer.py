@@ -202,10 +202,10 @@ def _find_eos(
     """Return the EOS ids of generation_config.json, config.json or tokenizer_config.json."""
     for name in ("generation_config.json", "config.json"):
         if (folder / name).is_file():
-            ids = _read_json(folder / name, setting).get("eos_token_id")
-            if isinstance(ids, int):
-                return (ids,)
-            if ids:
+            named = _read_json(folder / name, setting).get("eos_token_id")
+            if named is not None and named != []:
+                ids = named if isinstance(named, list) else [named]
+                _check_eos_ids(ids, folder, folder / name, backend, setting)
                 return tuple(ids)
     eos_id = backend.token_to_id(special_tokens.get("eos_token", ""))
     if eos_id is None:
@@ -213,3 +213,20 @@ def _find_eos(
             f"{setting}: {folder} names no EOS token; set eos_token_id in generation_config.json"
         )
     return (eos_id,)
+
+
+def _check_eos_ids(
+    ids: Sequence[Any], folder: Path, file: Path, backend: tokenizers.Tokenizer, setting: str
+) -> None:
+    """Refuse EOS ids that no row of the model has: no response would end, or a gather fail."""
+    config_file = folder / "config.json"
+    config = _read_json(config_file, setting) if config_file.is_file() else {}
+    num_ids, source = config.get("vocab_size"), "vocab_size of config.json"
+    if type(num_ids) is not int:
+        num_ids, source = max(backend.get_vocab().values(), default=-1) + 1, "tokenizer.json"
+    for index in ids:
+        if type(index) is not int or not 0 <= index < num_ids:
+            raise InputError(
+                f"{setting}: {file}: eos_token_id has {index!r}, expected whole numbers from 0 to "
+                f"{num_ids - 1} ({source})"
+            )

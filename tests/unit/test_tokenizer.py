@@ -195,6 +195,49 @@ def test_unusable_folder_names_the_setting_and_the_file(folder: Path, name: str)
     assert str(folder) in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["generation_config.json", "config.json"])
+@pytest.mark.parametrize(
+    ("named", "shown"),
+    [
+        ([99], "99"),
+        (24, "24"),
+        ([1, 24], "24"),
+        (-1, "-1"),
+        ("<eos>", "'<eos>'"),
+        ("", "''"),
+        (["1"], "'1'"),
+        (1.0, "1.0"),
+        (True, "True"),
+        ({"id": 1}, "{'id': 1}"),
+    ],
+)
+def test_eos_that_no_row_of_the_model_has_is_refused(
+    folder: Path, name: str, named: Any, shown: str
+) -> None:
+    (folder / "generation_config.json").unlink()
+    edit_json(folder / "config.json", eos_token_id=None)
+    content = json.loads((folder / name).read_text()) if (folder / name).exists() else {}
+    write_json(folder / name, content | {"eos_token_id": named})
+    with pytest.raises(InputError) as caught:
+        Tokenizer.from_folder(folder, setting="teacher.path")
+    assert str(caught.value) == (
+        f"teacher.path: {folder / name}: eos_token_id has {shown}, expected whole numbers from 0 "
+        "to 23 (vocab_size of config.json)"
+    )
+
+
+def test_eos_may_be_any_row_of_the_model_or_any_token_where_its_size_is_unknown(
+    folder: Path,
+) -> None:
+    write_json(folder / "generation_config.json", {"eos_token_id": [0, 23]})
+    assert Tokenizer.from_folder(folder).eos_token_ids == (0, 23)
+    (folder / "config.json").unlink()
+    with pytest.raises(InputError, match=r"has 23, .* from 0 to 17 \(tokenizer\.json\)$"):
+        Tokenizer.from_folder(folder)
+    write_json(folder / "generation_config.json", {"eos_token_id": [0, 17]})
+    assert Tokenizer.from_folder(folder).eos_token_ids == (0, 17)
+
+
 def test_same_tokenizer_with_another_eos_is_accepted(folder: Path) -> None:
     write_json(folder / "generation_config.json", {"eos_token_id": 0})
     edit_json(folder / "tokenizer_config.json", eos_token="<pad>")
