@@ -148,6 +148,9 @@ def _parse_row(line: str, place: str) -> dict[str, Any]:
         row = json.loads(line)
     except json.JSONDecodeError as error:
         raise InputError(f"{place} is not valid JSON: {error}") from error
+    # Python's own limits: on the digits of a whole number, and on how deep lists may be nested.
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{place} can't be read as JSON: {error}") from error
     if not isinstance(row, dict):
         raise InputError(f"{place}: expected a JSON object, got {type(row).__name__}")
     return row
@@ -201,7 +204,19 @@ def _read_text(value: Any, name: str, place: str) -> str:
         raise InputError(f"{place}: {name} must be text, got {type(value).__name__}")
     if not value.strip():
         raise InputError(f"{place}: {name} is blank")
+    _refuse_lone_surrogates(value, name, place)
     return value
+
+
+def _refuse_lone_surrogates(text: str, name: str, place: str) -> None:
+    """Refuse what JSON can escape, but neither a tokenizer nor a UTF-8 file can take."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"{place}: {name} has {text[error.start]!r} at character {error.start + 1}, half of a "
+            "surrogate pair, which is no character; write the whole pair or remove it"
+        ) from error
 
 
 def _read_answer(row: Mapping[str, Any], need_answers: bool, place: str) -> str | None:
@@ -222,8 +237,15 @@ def _read_answer(row: Mapping[str, Any], need_answers: bool, place: str) -> str 
 
 
 def _encode(text: str, tokenizer: Tokenizer, max_length: int, place: str) -> tuple[int, ...]:
-    """Return the token ids of a prompt that is short enough."""
+    """Return the token ids of a prompt that has some, and not too many."""
+    _refuse_lone_surrogates(text, "the text that the model reads", place)
     token_ids = tuple(tokenizer.encode(text))
+    if not token_ids:
+        raise InputError(
+            f"{place}: the text that the model reads is {text!r}, which the tokenizer of "
+            f"{tokenizer.folder} gives no tokens; change the prompt, or the folder's chat template "
+            "if data.apply_chat_template is set"
+        )
     if len(token_ids) > max_length:
         raise InputError(
             f"{place}: the prompt has {len(token_ids)} tokens, more than data.max_prompt_length = "

@@ -1,19 +1,15 @@
-"""Prompt files with every mistake that they can have, and the stream's epochs and resumption."""
+"""Prompt files, read as they should be and with every mistake that they can have."""
 
 import json
-import random
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from poweropd_megatron.config.schema import DataConfig
-from poweropd_megatron.data.prompts import Prompt, PromptStream, load_prompts
+from poweropd_megatron.data.prompts import Prompt, load_prompts
 from poweropd_megatron.data.tokenizer import Tokenizer
-from poweropd_megatron.errors import CheckpointError, InputError
+from poweropd_megatron.errors import InputError
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "chain_sum"
 TEMPLATE = (
@@ -111,7 +107,14 @@ def test_suffix_and_template_are_applied(tmp_path: Path, chat_tokenizer: Tokeniz
         ("", "is blank"),
         ("  ", "is blank"),
         ('{"prompt": "1="', "is not valid JSON"),
+        ("[" * 100_000, "can't be read as JSON: maximum recursion depth exceeded"),
+        (
+            '{"prompt": "1=", "answer": ' + "9" * 5000 + "}",
+            "can't be read as JSON: Exceeds the limit (4300 digits)",
+        ),
         ("[1]", "expected a JSON object, got list"),
+        ({"prompt": "1+2=\ud800"}, "\"prompt\" has '\\ud800' at character 5, half of a surrogate"),
+        ({"prompt": "1=", "answer": "\udc00"}, "\"answer\" has '\\udc00' at character 1, half of"),
         ({"answer": "1"}, 'expected one of "prompt" and "messages", got neither'),
         ({"prompt": "1=", "messages": []}, 'expected one of "prompt" and "messages", got both'),
         ({"prompt": None}, '"prompt" must be text, got NoneType'),
@@ -142,6 +145,14 @@ def test_a_bad_line_is_named(tmp_path: Path, tokenizer: Tokenizer, row: Any, mes
         ([{"role": "user"}], '"content" of the user message must be text, got NoneType'),
         ([{"role": "user", "content": ""}], '"content" of the user message is blank'),
         (
+            [{"role": "user", "content": "1\udfff"}],
+            "\"content\" of the user message has '\\udfff' at character 2, half of a surrogate",
+        ),
+        (
+            [{"role": "u\ud800", "content": "1"}, {"role": "user", "content": "2"}],
+            "the text that the model reads has '\\ud800' at character 3, half of a surrogate",
+        ),
+        (
             [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}],
             "the last message is the assistant's",
         ),
@@ -156,6 +167,30 @@ def test_bad_messages_are_named(
         load([file], chat_tokenizer, apply_chat_template=True, prompt_suffix="+")
     assert message in str(caught.value)
     assert str(caught.value).startswith(f"data.train_files: {file}:1")
+
+
+def test_surrogate_pairs_are_the_characters_that_they_stand_for(
+    tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    file = write_lines(
+        tmp_path / "a.jsonl", '{"prompt": "1\\ud83d\\ude00=", "answer": "\\ud83d\\ude00"}'
+    )
+    (prompt,) = load([file], tokenizer)
+    assert (prompt.text, prompt.answer) == ("1\U0001f600=", "\U0001f600")
+
+
+def test_a_template_that_writes_nothing_is_refused_with_the_line_and_the_folder(
+    tmp_path: Path, chat_tokenizer: Tokenizer
+) -> None:
+    (chat_tokenizer.folder / "chat_template.jinja").write_text("{{ '' }}")
+    silent = Tokenizer.from_folder(chat_tokenizer.folder)
+    file = write_lines(tmp_path / "a.jsonl", {"prompt": "1="})
+    assert load([file], silent)[0].token_ids == (4, 14)
+    with pytest.raises(InputError) as caught:
+        load([file], silent, apply_chat_template=True)
+    message = str(caught.value)
+    assert message.startswith(f"data.train_files: {file}:1: the text that the model reads is ''")
+    assert f"the tokenizer of {silent.folder} gives no tokens" in message
 
 
 def test_missing_template_is_reported_with_the_line(tmp_path: Path, tokenizer: Tokenizer) -> None:
@@ -199,83 +234,3 @@ def test_results_of_two_files_may_not_share_a_name(tmp_path: Path, tokenizer: To
         load(files, tokenizer, need=True)
     with pytest.raises(InputError, match="both be reported as 'math'"):
         load([files[0], files[0]], tokenizer, need=True)
-
-
-def numbered(count: int) -> list[Prompt]:
-    return [
-        Prompt(text=str(index), token_ids=(index,), answer=None, source="a")
-        for index in range(count)
-    ]
-
-
-def draw(stream: PromptStream, *sizes: int) -> list[str]:
-    return [prompt.text for size in sizes for prompt in stream.next_batch(size)]
-
-
-@given(
-    count=st.integers(1, 12),
-    sizes=st.lists(st.integers(1, 30), max_size=6),
-    seed=st.integers(0, 2**32),
-    shuffle=st.booleans(),
-)
-def test_every_epoch_has_every_prompt_once_however_it_is_cut_into_batches(
-    count: int, sizes: list[int], seed: int, shuffle: bool
-) -> None:
-    stream = PromptStream(numbered(count), seed=seed, shuffle=shuffle)
-    drawn = draw(stream, *sizes)
-    assert drawn == draw(PromptStream(stream.prompts, seed=seed, shuffle=shuffle), sum(sizes))
-    for start in range(0, len(drawn), count):
-        epoch = drawn[start : start + count]
-        assert max(Counter(epoch).values()) == 1
-    assert stream.state_dict() == {
-        "epoch": sum(sizes) // count,
-        "index": sum(sizes) % count,
-        "num_prompts": count,
-    }
-
-
-@given(
-    count=st.integers(1, 12),
-    before=st.integers(0, 40),
-    after=st.integers(1, 40),
-    shuffle=st.booleans(),
-)
-def test_resumed_stream_goes_on_as_if_it_had_never_stopped(
-    count: int, before: int, after: int, shuffle: bool
-) -> None:
-    stream = PromptStream(numbered(count), seed=7, shuffle=shuffle)
-    draw(stream, before)
-    resumed = PromptStream(numbered(count), seed=7, shuffle=shuffle)
-    resumed.load_state_dict(json.loads(json.dumps(stream.state_dict())))
-    assert draw(resumed, after) == draw(stream, after)
-
-
-def test_orders_differ_between_epochs_and_seeds_and_ignore_the_global_generator() -> None:
-    prompts = numbered(50)
-    random.seed(0)
-    drawn = draw(PromptStream(prompts, seed=1, shuffle=True), 150)
-    random.seed(1)
-    assert drawn == draw(PromptStream(prompts, seed=1, shuffle=True), 150)
-    epochs = [drawn[:50], drawn[50:100], drawn[100:]]
-    other_seed = draw(PromptStream(prompts, seed=2, shuffle=True), 50)
-    file_order = [prompt.text for prompt in prompts]
-    assert len({tuple(order) for order in [*epochs, other_seed, file_order]}) == 5
-    assert draw(PromptStream(prompts, seed=1, shuffle=False), 100) == file_order * 2
-
-
-def test_order_of_a_seed_is_fixed_for_ever() -> None:
-    stream = PromptStream(numbered(8), seed=1234, shuffle=True)
-    assert "".join(draw(stream, 16)) == "2506413724103576"
-
-
-def test_position_of_other_data_is_refused() -> None:
-    state = PromptStream(numbered(5), seed=1, shuffle=True).state_dict()
-    with pytest.raises(
-        CheckpointError, match=r"5 training prompts, but data\.train_files now has 6"
-    ):
-        PromptStream(numbered(6), seed=1, shuffle=True).load_state_dict(state)
-
-
-def test_stream_without_prompts_is_refused() -> None:
-    with pytest.raises(InputError, match=r"data\.train_files names no file"):
-        PromptStream([], seed=1, shuffle=True)
