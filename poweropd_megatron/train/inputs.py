@@ -72,6 +72,7 @@ def read_inputs(config: TrainConfig, *, world_size: int) -> RunInputs:
         setting="data.eval_files",
         need_answers=True,
     )
+    _check_terminal(config, student, teacher_tokenizer.eos_token_id)
     inputs = RunInputs(
         student=student,
         teacher=teacher,
@@ -128,6 +129,15 @@ def _check_vocabulary_sizes(
         raise InputError(
             f"student.path: the tokenizer has {tokenizer.vocab_size} tokens, but config.json "
             f"says vocab_size {student.vocab_size}"
+        )
+
+
+def _check_terminal(config: TrainConfig, student: Qwen3Config, teacher_eos_id: int) -> None:
+    if config.objective.terminal == "im_end" and teacher_eos_id >= student.vocab_size:
+        raise ConfigError(
+            "objective.terminal = 'im_end' trains the student on the teacher's EOS, "
+            f"{teacher_eos_id}, but student.path has vocab_size {student.vocab_size}: choose "
+            "another policy"
         )
 
 

@@ -27,7 +27,7 @@ STEP_METRICS = (
 EVALUATION_METRICS = (
     *("eval/greedy_accuracy", "eval/greedy_accuracy_se", "eval/avg@2", "eval/avg@2_se"),
     *("eval/pass@2", "eval/pass@2_se", "eval/response_length", "eval/eos_rate"),
-    "eval/truncation_rate",
+    *("eval/truncation_rate", "eval/answer_failures"),
 )
 
 
