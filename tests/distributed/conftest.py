@@ -18,8 +18,13 @@ TEACHER = {"num_hidden_layers": 2, "vocab_size": 41, "hidden_size": 32, "interme
 
 @pytest.fixture(scope="session")
 def ranks() -> RankPool:
-    """Return what runs functions on ranks, with Megatron and the package in memory."""
-    return RankPool(preload=["training"])
+    """Return what runs functions on ranks, with Megatron and the package in memory.
+
+    A session has one fork server, so that this loads what the end-to-end tests' ranks need, too.
+    """
+    return RankPool(
+        preload=["training", "poweropd_megatron.train.build", "poweropd_megatron.cli.main"]
+    )
 
 
 @pytest.fixture(scope="session")

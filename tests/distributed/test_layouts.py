@@ -20,7 +20,7 @@ from training import (
 from poweropd_megatron.config.schema import ParallelConfig
 
 TOLERANCE = 1e-5
-"""Norm of the difference over norm of the reference; fp32 rounding comes to 4e-6 here."""
+"""Norm of the difference over norm of the reference; fp32 rounding comes to 3e-6 here."""
 
 
 def parallel(tensor: int = 1, pipeline: int = 1, *, sequence: bool = False) -> ParallelConfig:
@@ -71,8 +71,8 @@ ROWS_UNTIED_ONLY = [
     row("DP2-plain-optimizer", 2, parallel(), use_distributed_optimizer=False),
     row("PP2-micro-batch-1", 2, parallel(1, 2), micro_batch_size=1),
     row("PP2-micro-batch-4", 2, parallel(1, 2), micro_batch_size=4),
-    row("TP2xDP2-micro-batch-1", 4, parallel(2), micro_batch_size=1),
-    row("TP2xDP2-micro-batch-4", 4, parallel(2), micro_batch_size=4),
+    row("DP2-micro-batch-1", 2, parallel(), micro_batch_size=1),
+    row("DP2-micro-batch-4", 2, parallel(), micro_batch_size=4),
 ]
 CASES = [(row, "tied") for row in ROWS] + [(row, "untied") for row in ROWS + ROWS_UNTIED_ONLY]
 

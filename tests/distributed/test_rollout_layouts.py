@@ -11,8 +11,7 @@ from poweropd_megatron.rollout.trajectories import FINISH_LENGTH, FINISH_STOP, T
 
 SAMPLINGS = {
     "greedy": Sampling(max_new_tokens=12, temperature=0.0),
-    "sampled": Sampling(max_new_tokens=12, temperature=1.0),
-    "cooler": Sampling(max_new_tokens=12, temperature=0.7),
+    "sampled": Sampling(max_new_tokens=12, temperature=0.9),
     "top-k-top-p": Sampling(max_new_tokens=12, temperature=1.3, top_k=9, top_p=0.8),
 }
 LAYOUTS = {
@@ -84,7 +83,7 @@ def test_rollouts_in_every_layout_are_those_of_one_process(
             )
 
 
-@pytest.mark.parametrize("name", ["greedy", "sampled", "cooler"])
+@pytest.mark.parametrize("name", ["greedy", "sampled"])
 def test_rollouts_of_one_process_are_those_of_whole_forwards_in_fp64(
     name: str, one_process: dict[str, Trajectories], plain: dict[str, Decoded]
 ) -> None:

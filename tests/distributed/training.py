@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.distributed import finalize_model_grads
 from megatron.core.models.gpt import GPTModel
 from support.made_trajectories import make
 from support.plain_qwen3 import PlainQwen3
@@ -162,6 +161,7 @@ def update_on_ranks(
     """Return what this rank saw of the updates in a layout."""
     models = build_models(row, student_folder, teacher_folder, dtype, OPTIMIZER)
     student = models.student
+    finalize_model_grads = student.chunk.config.finalize_model_grads_func
     gradients: list[dict[str, list[Tensor]]] = []
 
     def finalize_and_record(model: list[Any], *args: Any, **kwargs: Any) -> None:

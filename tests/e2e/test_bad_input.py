@@ -211,18 +211,30 @@ def test_under_torchrun_the_message_is_printed_once_and_the_exit_code_is_2(tmp_p
     assert ended.stdout == ""
 
 
-def test_weights_that_do_not_fit_config_json_end_all_ranks_and_bind_no_later_start(tmp_path):
+def test_weights_that_are_not_those_of_config_json(message, tmp_path):
+    file = copied("student", tmp_path / "student") / "model.safetensors"
+    tensors = load_file(file)
+    del tensors["model.layers.3.mlp.down_proj.weight"]
+    save_file(tensors, file)
+    said = message(f"--student.path={tmp_path / 'student'}")
+    assert said.startswith("student.path: config.json describes 4 layers, but ")
+    assert said.endswith(" lacks model.layers.3.mlp.down_proj.weight")
+
+
+def test_a_tensor_of_another_shape_ends_all_ranks_and_binds_no_later_start(tmp_path):
+    """Only the rank that holds the layer finds it, when the others could be in a collective."""
     folder = copied("student", tmp_path / "student")
+    name = "model.layers.3.mlp.down_proj.weight"
     tensors = load_file(folder / "model.safetensors")
-    lost = tensors.pop("model.layers.3.mlp.down_proj.weight")
-    save_file(tensors, folder / "model.safetensors")
+    save_file(tensors | {name: tensors[name][:-1].clone()}, folder / "model.safetensors")
     run = settings(tmp_path / "run", f"--student.path={folder}", *NO_EVALUATION, steps=3)
     ended = train([*run, "--student.parallel.pipeline_model_parallel_size=2"], world_size=2)
     said = only_message(ended.expect(2).stderr)
-    assert said.startswith(f"student.path: {folder} has no tensor model.layers.3.mlp.down_proj")
+    assert said.startswith(f"student.path: {folder}")
+    assert name in said
     assert not (tmp_path / "run" / "config.toml").exists()
 
-    save_file(tensors | {"model.layers.3.mlp.down_proj.weight": lost}, folder / "model.safetensors")
+    save_file(tensors, folder / "model.safetensors")
     train([*run, "--seed=7"]).expect(0)
 
 
@@ -236,6 +248,13 @@ def test_a_run_with_other_frozen_settings_is_refused_with_each_difference(one, m
     assert "seed: was 1234, is 5; objective.alpha: was 1.0, is 2.0. " in said
     assert "micro_batch_size" not in said
     assert (one.folder / "config.toml").read_bytes() == before
+
+
+def test_more_steps_that_would_stretch_the_decay_of_the_learning_rate(one, monkeypatch, capfd):
+    monkeypatch.chdir(REPO)
+    assert main(["train", *one.arguments, "--train_steps=9"]) == 2
+    said = only_message(capfd.readouterr().err)
+    assert "optimizer.lr_decay_iters: was 8, is 9. " in said
 
 
 def test_fewer_steps_than_are_done(one, tmp_path):
@@ -274,8 +293,8 @@ def test_a_checkpoint_of_another_model_or_of_other_prompts(tmp_path):
     folder = copied("student", tmp_path / "student")
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"prompt": "1+2="}\n' * 5)
-    changes = (f"--student.path={folder}", f'--data.train_files=["{prompts}"]')
-    run = settings(tmp_path / "run", *changes, *NO_EVALUATION, steps=3)
+    changes = (f"--student.path={folder}", f'--data.train_files=["{prompts}"]', *NO_EVALUATION)
+    run = settings(tmp_path / "run", *changes, "--optimizer.lr_decay_style=constant", steps=3)
     train(run).expect(0)
 
     longer = [*run, "--train_steps=4"]

@@ -58,7 +58,11 @@ class _Rank:
 
 
 class RankPool:
-    """Runs functions on ranks that are forked from a process with the modules in memory."""
+    """Runs functions on ranks that are forked from a process with the modules in memory.
+
+    The process is multiprocessing's one fork server: the modules of its first user are the ones
+    that are loaded.
+    """
 
     def __init__(self, preload: Sequence[str]) -> None:
         self._context = multiprocessing.get_context("forkserver")
