@@ -8,7 +8,7 @@
 #else
 #include "simt.h"
 #define POWEROPD_LAUNCH(kernel, grid, block, stream, ...) \
-  ((void)(stream), simt::launch(grid, block, 0, [=] { kernel(__VA_ARGS__); }))
+  ((void)(stream), simt::launch(grid, block, [=] { kernel(__VA_ARGS__); }))
 #endif
 #include "numerics.h"
 

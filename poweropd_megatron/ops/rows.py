@@ -1,0 +1,159 @@
+"""Row kernels over logits that tensor parallelism cut along the vocabulary.
+
+One pass makes a state of each row of a shard, the states of all shards make a softmax, and one
+pass writes the gradient over the logits.
+Shapes: N rows, Vp columns of the vocabulary on this rank (padding included), R ranks.
+"""
+
+import torch
+from torch import Tensor
+
+from poweropd_megatron.ops.backends import Softmaxes, kernels_for
+from poweropd_megatron.ops.torch_rows import IGNORED_TARGET
+
+LOGIT_DTYPES = (torch.float32, torch.bfloat16)
+
+
+def row_stats(
+    logits_NVp: Tensor,
+    targets_N: Tensor,
+    *,
+    first_column: int,
+    vocab_size: int,
+    with_entropy: bool = True,
+    stats_N4: Tensor | None = None,
+) -> Tensor:
+    """Return the state of each row of a shard, [N, 4] fp32.
+
+    A state is {m, s, z, t}: m the largest logit in octaves (times log2(e)), s the sum of
+    2^(logit log2(e) - m), z the target's logit or -inf if another shard has it, t the sum weighted
+    with the exponent (0 unless with_entropy). With stats_N4, which is written and returned, the
+    columns join those that it has seen: a vocabulary may be visited in tiles.
+
+    Shapes: logits_NVp [N, Vp] fp32 or bf16, unit stride along the columns; column j is token
+    first_column + j, and those from vocab_size on are padding that is never read; targets_N [N]
+    int64 in [0, vocab_size), or -100: such rows are never read.
+    Cost: one read of the logits.
+    Raises: ValueError naming the tensor that doesn't fit.
+    """
+    check_logits(logits_NVp, targets_N, first_column=first_column, vocab_size=vocab_size)
+    if stats_N4 is not None:
+        _check_fp32("stats_N4", stats_N4, (len(targets_N), 4), logits_NVp.device)
+    return kernels_for(logits_NVp).row_stats(
+        logits_NVp,
+        targets_N.contiguous(),
+        first_column=first_column,
+        vocab_size=vocab_size,
+        with_entropy=with_entropy,
+        stats_N4=stats_N4,
+    )
+
+
+def combine(stats_RN4: Tensor, targets_N: Tensor, *, with_entropy: bool = True) -> Softmaxes:
+    """Return each row's softmax from its states on all ranks, merged in their order.
+
+    Every rank that gives the same states gets the same bits.
+    Raises: ValueError naming the tensor that doesn't fit.
+    """
+    if stats_RN4.dim() != 3:
+        raise ValueError(f"stats_RN4 must be [R, N, 4], got {tuple(stats_RN4.shape)}")
+    _check_targets(targets_N, len(targets_N), stats_RN4.device)
+    _check_fp32("stats_RN4", stats_RN4, (stats_RN4.shape[0], len(targets_N), 4), targets_N.device)
+    return kernels_for(stats_RN4).combine(
+        stats_RN4, targets_N.contiguous(), with_entropy=with_entropy
+    )
+
+
+def row_grad_(
+    logits_NVp: Tensor,
+    targets_N: Tensor,
+    *,
+    maximum_N: Tensor,
+    inverse_sum_N: Tensor,
+    grad_N: Tensor,
+    first_column: int,
+    vocab_size: int,
+) -> None:
+    """Write grad * (one-hot of the target - softmax) over the logits, in their dtype.
+
+    Shapes: logits_NVp and targets_N as for row_stats; the others [N] fp32: the softmaxes' maximum
+    and inverse sum, and the gradient of the loss with respect to the target's log-prob, 0 for
+    ignored rows. Padding columns and rows with a zero gradient become 0 without being read.
+    Cost: one read and one write of the logits.
+    Raises: ValueError naming the tensor that doesn't fit.
+    """
+    check_logits(logits_NVp, targets_N, first_column=first_column, vocab_size=vocab_size)
+    if logits_NVp.shape[0] > 1 and logits_NVp.stride(0) < logits_NVp.shape[1]:
+        raise ValueError(
+            f"logits_NVp: rows of {logits_NVp.shape[1]} columns with stride "
+            f"{logits_NVp.stride(0)} overlap and can't be written"
+        )
+    scales = {"maximum_N": maximum_N, "inverse_sum_N": inverse_sum_N, "grad_N": grad_N}
+    for name, scale in scales.items():
+        _check_fp32(name, scale, (len(targets_N),), logits_NVp.device)
+    kernels_for(logits_NVp).row_grad_(
+        logits_NVp,
+        targets_N.contiguous(),
+        maximum_N=maximum_N,
+        inverse_sum_N=inverse_sum_N,
+        grad_N=grad_N,
+        first_column=first_column,
+        vocab_size=vocab_size,
+    )
+
+
+def check_logits(
+    logits_NVp: Tensor, targets_N: Tensor, *, first_column: int, vocab_size: int
+) -> None:
+    """Return if the kernels can work on these. Raises: ValueError naming what doesn't fit."""
+    if logits_NVp.dim() != 2:
+        raise ValueError(f"logits_NVp must be [N, Vp], got {tuple(logits_NVp.shape)}")
+    if logits_NVp.dtype not in LOGIT_DTYPES:
+        raise ValueError(f"logits_NVp must be fp32 or bf16, got {logits_NVp.dtype}")
+    if logits_NVp.shape[1] > 1 and logits_NVp.stride(1) != 1:
+        raise ValueError(
+            f"logits_NVp must have stride 1 along the columns, got {logits_NVp.stride(1)}: "
+            "call .contiguous() first"
+        )
+    if first_column < 0:
+        raise ValueError(f"first_column must be >= 0, got {first_column}")
+    if vocab_size < 1:
+        raise ValueError(f"vocab_size must be >= 1, got {vocab_size}")
+    check_targets(targets_N, logits_NVp.shape[0], logits_NVp.device, vocab_size=vocab_size)
+
+
+def check_targets(
+    targets_N: Tensor, num_rows: int, device: torch.device, *, vocab_size: int
+) -> None:
+    """Return if there is a target for each row, each of the vocabulary or -100.
+
+    Raises: ValueError otherwise.
+    Cost: on a GPU one synchronisation.
+    """
+    _check_targets(targets_N, num_rows, device)
+    is_bad_N = (targets_N != IGNORED_TARGET) & ((targets_N < 0) | (targets_N >= vocab_size))
+    if bool(is_bad_N.any()):
+        raise ValueError(
+            f"targets_N must lie in [0, {vocab_size}) or be {IGNORED_TARGET}, got "
+            f"{int(targets_N[is_bad_N][0])} in row {int(is_bad_N.nonzero()[0])}"
+        )
+
+
+def _check_targets(targets_N: Tensor, num_rows: int, device: torch.device) -> None:
+    if targets_N.shape != (num_rows,) or targets_N.dtype != torch.int64:
+        raise ValueError(
+            f"targets_N must be [{num_rows}] int64, got {tuple(targets_N.shape)} {targets_N.dtype}"
+        )
+    if targets_N.device != device:
+        raise ValueError(f"targets_N is on {targets_N.device}, expected {device}")
+
+
+def _check_fp32(name: str, tensor: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
+    if tensor.shape != shape or tensor.dtype != torch.float32:
+        raise ValueError(
+            f"{name} must be {list(shape)} fp32, got {tuple(tensor.shape)} {tensor.dtype}"
+        )
+    if tensor.device != device:
+        raise ValueError(f"{name} is on {tensor.device}, expected {device}")
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}")
