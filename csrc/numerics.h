@@ -1,7 +1,7 @@
 // The numerics that the CPU and the CUDA kernels share: softmax state, log-prob, entropy, rewards.
 //
-// Exponentials are taken in base 2, and logits are scaled as fma(z, log2(e), -m): with a rounded
-// product, |z| = 1000 would cost 1.5e-5 of log-prob.
+// A logit meets the maximum of its row before anything else: their difference is exact where it
+// matters, however large both are. Scaled to log2 units first, |z| = 1000 would cost 1.5e-5.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -16,13 +16,12 @@
 namespace poweropd {
 
 constexpr float kLog2e = 1.4426950408889634f;
-constexpr float kLn2 = 0.6931471805599453f;
 
 // Rows with this target are not read; their results are zero.
 constexpr int64_t kIgnoredTarget = -100;
 
-// Below this many octaves an exponential is zero in fp32, but 0 * -inf would be NaN.
-constexpr float kLowestOctave = -200.0f;
+// Below this exponent an exponential is zero in fp32, but 0 * -inf would be NaN.
+constexpr float kLowestExponent = -150.0f;
 
 struct bf16 {
   uint16_t bits;
@@ -52,18 +51,19 @@ POWEROPD_HD float negative_infinity() { return from_bits(0xff800000u); }
 POWEROPD_HD float to_float(float value) { return value; }
 POWEROPD_HD float to_float(bf16 value) { return from_bits(uint32_t(value.bits) << 16); }
 
-POWEROPD_HD float exp2_fast(float x) {
+// e^x for x <= 0; 0 for -inf.
+POWEROPD_HD float exp_fast(float x) {
 #if defined(__CUDA_ARCH__)
   float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x * kLog2e));
   return y;
 #else
-  return exp2f(x);
+  return expf(x);
 #endif
 }
 
-// What a softmax needs to know of some of a row's columns, in octaves (log2 units):
-// maximum m of z log2(e), sum of 2^(z log2(e) - m), and the same sum weighted with the exponent.
+// What a softmax needs to know of some of a row's columns: the maximum m of the logits, the sum of
+// e^(z - m), and the same sum weighted with z - m.
 // A NaN column makes `sum` NaN; `maximum` may pass over it.
 struct SoftmaxState {
   float maximum;
@@ -75,7 +75,7 @@ POWEROPD_HD SoftmaxState merge(SoftmaxState a, SoftmaxState b) {
   const float maximum = fmaxf(a.maximum, b.maximum);
   if (maximum == negative_infinity()) return {maximum, a.sum + b.sum, 0.0f};
   const float from_a = a.maximum - maximum, from_b = b.maximum - maximum;
-  const float scale_a = exp2_fast(from_a), scale_b = exp2_fast(from_b);
+  const float scale_a = exp_fast(from_a), scale_b = exp_fast(from_b);
   SoftmaxState merged;
   merged.maximum = maximum;
   merged.sum = a.sum * scale_a + b.sum * scale_b;
@@ -85,11 +85,11 @@ POWEROPD_HD SoftmaxState merge(SoftmaxState a, SoftmaxState b) {
 }
 
 POWEROPD_HD float log_prob(SoftmaxState state, float target_logit) {
-  return (fmaf(target_logit, kLog2e, -state.maximum) - log2f(state.sum)) * kLn2;
+  return (target_logit - state.maximum) - logf(state.sum);
 }
 
 POWEROPD_HD float entropy(SoftmaxState state) {
-  return (log2f(state.sum) - state.weighted / state.sum) * kLn2;
+  return logf(state.sum) - state.weighted / state.sum;
 }
 
 // The order is that of the Python side's REWARD_KINDS.

@@ -18,7 +18,7 @@ struct LogitRows {
   int64_t width;
 };
 
-// For each row, read by RowGrad: the maximum in octaves, 1 / sum of its softmax, and the gradient
+// For each row: the largest logit, 1 / sum of its softmax, and the gradient
 // of the loss with respect to the log-prob of its target.
 struct RowScales {
   const float* maximum;

@@ -37,15 +37,14 @@ template <class Simd, class T, bool kEntropy>
 void add_block(const T* block, int64_t count, float maximum, double& sum, double& weighted) {
   using Float = typename Simd::Float;
   constexpr int kLanes = Simd::kLanes;
-  const Float log2e = Simd::broadcast(kLog2e), minus_maximum = Simd::broadcast(-maximum);
-  const Float lowest = Simd::broadcast(kLowestOctave);
+  const Float lowest = Simd::broadcast(kLowestExponent), largest = Simd::broadcast(maximum);
   Float sums[4], weights[4];
   for (int k = 0; k < 4; ++k) sums[k] = weights[k] = Simd::broadcast(0.0f);
   auto add = [&](int k, Float logits) {
-    const Float octaves = Simd::fma(logits, log2e, minus_maximum);
-    const Float exponential = Simd::exp2(octaves);
+    const Float exponent = Simd::sub(logits, largest);
+    const Float exponential = Simd::exp(exponent);
     sums[k] = Simd::add(sums[k], exponential);
-    if (kEntropy) weights[k] = Simd::fma(exponential, Simd::max(octaves, lowest), weights[k]);
+    if (kEntropy) weights[k] = Simd::fma(exponential, Simd::max(exponent, lowest), weights[k]);
   };
   int64_t i = 0;
   for (; i + 4 * kLanes <= count; i += 4 * kLanes) {
@@ -69,9 +68,9 @@ SoftmaxState row_state(const T* row, int64_t columns) {
   for (int64_t begin = 0; begin < columns; begin += kBlock) {
     const T* block = row + begin;
     const int64_t count = std::min(kBlock, columns - begin);
-    const float larger = block_maximum<Simd>(block, count) * kLog2e;
+    const float larger = block_maximum<Simd>(block, count);
     if (larger > maximum) {
-      const double step = double(maximum) - larger, scale = ::exp2(step);
+      const double step = double(maximum) - larger, scale = ::exp(step);
       weighted = sum > 0.0 ? scale * (weighted + sum * step) : 0.0;
       sum *= scale;
       maximum = larger;
@@ -117,23 +116,22 @@ template <class Simd, class T>
 void row_gradient(T* row, int64_t columns, int64_t target, float maximum, float scale, float grad) {
   using Float = typename Simd::Float;
   constexpr int kLanes = Simd::kLanes;
-  const Float log2e = Simd::broadcast(kLog2e), minus_maximum = Simd::broadcast(-maximum);
-  const Float scales = Simd::broadcast(scale);
-  auto octaves = [&](Float logits) { return Simd::fma(logits, log2e, minus_maximum); };
+  const Float largest = Simd::broadcast(maximum), scales = Simd::broadcast(scale);
+  auto softmax = [&](Float logits) { return Simd::exp(Simd::sub(logits, largest)); };
   const bool has_target = target >= 0 && target < columns;
   const float target_logit = has_target ? to_float(row[target]) : 0.0f;
   int64_t i = 0;
   for (; i + kLanes <= columns; i += kLanes) {
-    const Float weights = Simd::exp2(octaves(Simd::load(row + i)));
+    const Float weights = softmax(Simd::load(row + i));
     Simd::store(row + i, Simd::mul(scales, weights));
   }
   if (i < columns) {
     const int rest = static_cast<int>(columns - i);
-    const Float weights = Simd::exp2(octaves(Simd::load(row + i, rest, negative_infinity())));
+    const Float weights = softmax(Simd::load(row + i, rest, negative_infinity()));
     Simd::store(row + i, Simd::mul(scales, weights), rest);
   }
   if (has_target) {
-    const Float weights = Simd::exp2(octaves(Simd::broadcast(target_logit)));
+    const Float weights = softmax(Simd::broadcast(target_logit));
     Simd::store(row + target, Simd::fma(scales, weights, Simd::broadcast(grad)), 1);
   }
 }

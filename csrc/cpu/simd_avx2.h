@@ -11,6 +11,7 @@ struct Avx2 {
 
   static Float broadcast(float value) { return _mm256_set1_ps(value); }
   static Float max(Float a, Float b) { return _mm256_max_ps(a, b); }
+  static Float sub(Float a, Float b) { return _mm256_sub_ps(a, b); }
   static Float add(Float a, Float b) { return _mm256_add_ps(a, b); }
   static Float mul(Float a, Float b) { return _mm256_mul_ps(a, b); }
   static Float fma(Float a, Float b, Float c) { return _mm256_fmadd_ps(a, b, c); }
@@ -27,14 +28,14 @@ struct Avx2 {
     return ((lane[0] + lane[4]) + (lane[1] + lane[5])) + ((lane[2] + lane[6]) + (lane[3] + lane[7]));
   }
 
-  // 2^x for x <= 0.5; 0 below -126.5 and for -inf, NaN for NaN. 2e-7 relative.
-  static Float exp2(Float x) {
-    const Float clamped = _mm256_max_ps(broadcast(-127.0f), x);  // passes NaN
+  // e^x for x <= 0; 0 below -87.7 and for -inf, NaN for NaN.
+  static Float exp(Float x) {
+    const Float log2e = broadcast(kLog2e), clamped = _mm256_max_ps(broadcast(-88.0f), x);  // not NaN
     const Float whole =
-        _mm256_round_ps(clamped, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+        _mm256_round_ps(mul(clamped, log2e), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(whole), _mm256_set1_epi32(127));
     const Float power = _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23));
-    return mul(exp2_polynomial<Avx2>(_mm256_sub_ps(clamped, whole)), power);
+    return mul(exp2_polynomial<Avx2>(_mm256_fmsub_ps(clamped, log2e, whole)), power);
   }
 
   static Float load(const float* from) { return _mm256_loadu_ps(from); }

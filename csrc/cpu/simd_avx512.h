@@ -11,17 +11,20 @@ struct Avx512 {
 
   static Float broadcast(float value) { return _mm512_set1_ps(value); }
   static Float max(Float a, Float b) { return _mm512_max_ps(a, b); }
+  static Float sub(Float a, Float b) { return _mm512_sub_ps(a, b); }
   static Float add(Float a, Float b) { return _mm512_add_ps(a, b); }
   static Float mul(Float a, Float b) { return _mm512_mul_ps(a, b); }
   static Float fma(Float a, Float b, Float c) { return _mm512_fmadd_ps(a, b, c); }
   static float largest(Float a) { return _mm512_reduce_max_ps(a); }
   static float total(Float a) { return _mm512_reduce_add_ps(a); }
 
-  // 2^x for x <= 0.5; 0 for -inf, NaN for NaN. 2e-7 relative.
-  static Float exp2(Float x) {
+  // e^x for x <= 0; 0 below -104 and for -inf, NaN for NaN.
+  static Float exp(Float x) {
+    const Float log2e = broadcast(kLog2e), clamped = max(broadcast(kLowestExponent), x);  // not NaN
     const Float whole =
-        _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    return _mm512_scalef_ps(exp2_polynomial<Avx512>(sub(x, whole)), whole);
+        _mm512_roundscale_ps(mul(clamped, log2e), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const Float fraction = _mm512_fmsub_ps(clamped, log2e, whole);
+    return _mm512_scalef_ps(exp2_polynomial<Avx512>(fraction), whole);
   }
 
   static Float load(const float* from) { return _mm512_loadu_ps(from); }
@@ -49,7 +52,6 @@ struct Avx512 {
 
  private:
   static __mmask16 mask(int count) { return static_cast<__mmask16>((1u << count) - 1u); }
-  static Float sub(Float a, Float b) { return _mm512_sub_ps(a, b); }
   static Float widen(__m256i halves) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
   }

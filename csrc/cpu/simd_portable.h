@@ -23,6 +23,9 @@ struct Portable {
   static Float max(Float a, Float b) {
     return each([&](int i) { return a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]; });
   }
+  static Float sub(Float a, Float b) {
+    return each([&](int i) { return a.lane[i] - b.lane[i]; });
+  }
   static Float add(Float a, Float b) {
     return each([&](int i) { return a.lane[i] + b.lane[i]; });
   }
@@ -45,15 +48,15 @@ struct Portable {
     return result;
   }
 
-  // 2^x for x <= 0.5; 0 below -126.5 and for -inf, NaN for NaN. 2e-7 relative.
-  static Float exp2(Float x) {
+  // e^x for x <= 0; 0 below -87.7 and for -inf, NaN for NaN.
+  static Float exp(Float x) {
     constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves the whole number
     Float fraction, power;
     for (int i = 0; i < kLanes; ++i) {
-      const float clamped = x.lane[i] < -127.0f ? -127.0f : x.lane[i];
-      const float shifted = clamped + kRound;
+      const float clamped = x.lane[i] < -88.0f ? -88.0f : x.lane[i];
+      const float shifted = clamped * kLog2e + kRound;
       const uint32_t whole = to_bits(shifted) - to_bits(kRound);
-      fraction.lane[i] = clamped - (shifted - kRound);
+      fraction.lane[i] = float(double(clamped) * kLog2e - double(shifted - kRound));
       power.lane[i] = from_bits((whole + 127u) << 23);
     }
     return mul(exp2_polynomial<Portable>(fraction), power);

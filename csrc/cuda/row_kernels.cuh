@@ -10,6 +10,7 @@ constexpr int kWarp = 32;
 constexpr int kUnroll = 4;  // 16-byte loads in flight per thread
 
 // How a row falls into single elements before the first 16-byte boundary, whole quads, and a tail.
+// Head and tail are shorter than a quad, so that a thread has at most one element of each.
 template <class T>
 struct RowParts {
   int head;
@@ -31,9 +32,8 @@ __device__ __forceinline__ void absorb(SoftmaxState& state, const float (&value)
   float maximum = value[0];
 #pragma unroll
   for (int i = 1; i < kCount; ++i) maximum = fmaxf(maximum, value[i]);
-  maximum *= kLog2e;
   if (maximum > state.maximum) {
-    const float step = state.maximum - maximum, scale = exp2_fast(step);
+    const float step = state.maximum - maximum, scale = exp_fast(step);
     if (kEntropy) {
       state.weighted = state.sum > 0.0f ? scale * (state.weighted + state.sum * step) : 0.0f;
     }
@@ -50,9 +50,9 @@ __device__ __forceinline__ void absorb(SoftmaxState& state, const float (&value)
   }
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
-    const float octaves = fmaf(value[i], kLog2e, -state.maximum), weight = exp2_fast(octaves);
+    const float exponent = value[i] - state.maximum, weight = exp_fast(exponent);
     state.sum += weight;
-    if (kEntropy) state.weighted = fmaf(weight, fmaxf(octaves, kLowestOctave), state.weighted);
+    if (kEntropy) state.weighted = fmaf(weight, fmaxf(exponent, kLowestExponent), state.weighted);
   }
 }
 
@@ -109,12 +109,13 @@ __global__ void __launch_bounds__(kBlock)
   const T* begin = logits + row * stride;
   const RowParts<T> parts(begin, columns);
   constexpr int kSize = Quad<T>::kSize;
-  for (int i = threadIdx.x; i < parts.head; i += kBlock) {
-    const float value[1] = {to_float(begin[i])};
+  const int thread = threadIdx.x;
+  if (thread < parts.head) {
+    const float value[1] = {to_float(begin[thread])};
     absorb<kEntropy>(state, value);
   }
   const uint4* quads = reinterpret_cast<const uint4*>(begin + parts.head);
-  int i = threadIdx.x;
+  int i = thread;
   for (; i + (kUnroll - 1) * kBlock < parts.quads; i += kUnroll * kBlock) {
     uint4 loaded[kUnroll];
 #pragma unroll
@@ -126,13 +127,14 @@ __global__ void __launch_bounds__(kBlock)
       absorb<kEntropy>(state, value);
     }
   }
+#pragma unroll 1
   for (; i < parts.quads; i += kBlock) {
     float value[kSize];
     Quad<T>::unpack(__ldcs(quads + i), value);
     absorb<kEntropy>(state, value);
   }
-  for (int j = parts.tail + threadIdx.x; j < columns; j += kBlock) {
-    const float value[1] = {to_float(begin[j])};
+  if (parts.tail + thread < columns) {
+    const float value[1] = {to_float(begin[parts.tail + thread])};
     absorb<kEntropy>(state, value);
   }
   state = block_merge<kBlock>(state);
@@ -182,6 +184,7 @@ __global__ void __launch_bounds__(kBlock)
                     RowScales scales, int64_t first_column, int columns, int width) {
   const int64_t row = blockIdx.x;
   T* begin = logits + row * stride;
+  const int thread = threadIdx.x;
   const float grad = scales.grad[row];
   if (grad == 0.0f) columns = 0;
   const RowParts<T> parts(begin, columns);
@@ -191,7 +194,7 @@ __global__ void __launch_bounds__(kBlock)
     const int64_t offset = targets[row] - first_column;
     const int target = offset >= 0 && offset < columns ? int(offset) : -1;
     auto gradient = [&](float logit, int column) {
-      return fmaf(scale, exp2_fast(fmaf(logit, kLog2e, -maximum)), column == target ? grad : 0.0f);
+      return fmaf(scale, exp_fast(logit - maximum), column == target ? grad : 0.0f);
     };
     auto quad_gradient = [&](uint4 loaded, int quad) {
       float value[kSize];
@@ -202,11 +205,12 @@ __global__ void __launch_bounds__(kBlock)
       }
       return Quad<T>::pack(value);
     };
-    for (int i = threadIdx.x; i < parts.head; i += kBlock) {
-      begin[i] = Quad<T>::one(gradient(to_float(begin[i]), i));
-    }
+    auto write_one = [&](int column) {
+      begin[column] = Quad<T>::one(gradient(to_float(begin[column]), column));
+    };
+    if (thread < parts.head) write_one(thread);
     uint4* quads = reinterpret_cast<uint4*>(begin + parts.head);
-    int i = threadIdx.x;
+    int i = thread;
     for (; i + (kUnroll - 1) * kBlock < parts.quads; i += kUnroll * kBlock) {
       uint4 loaded[kUnroll];
 #pragma unroll
@@ -216,21 +220,18 @@ __global__ void __launch_bounds__(kBlock)
         __stcs(quads + i + u * kBlock, quad_gradient(loaded[u], i + u * kBlock));
       }
     }
+#pragma unroll 1
     for (; i < parts.quads; i += kBlock) __stcs(quads + i, quad_gradient(__ldcs(quads + i), i));
-    for (int j = parts.tail + threadIdx.x; j < columns; j += kBlock) {
-      begin[j] = Quad<T>::one(gradient(to_float(begin[j]), j));
-    }
+    if (parts.tail + thread < columns) write_one(parts.tail + thread);
   }
   const RowParts<T> rest(begin + columns, width - columns);
   T* blank = begin + columns;
-  for (int i = threadIdx.x; i < rest.head; i += kBlock) blank[i] = Quad<T>::one(0.0f);
+  if (thread < rest.head) blank[thread] = Quad<T>::one(0.0f);
   uint4* blank_quads = reinterpret_cast<uint4*>(blank + rest.head);
-  for (int i = threadIdx.x; i < rest.quads; i += kBlock) {
+  for (int i = thread; i < rest.quads; i += kBlock) {
     __stcs(blank_quads + i, make_uint4(0, 0, 0, 0));
   }
-  for (int j = rest.tail + threadIdx.x; j < width - columns; j += kBlock) {
-    blank[j] = Quad<T>::one(0.0f);
-  }
+  if (rest.tail + thread < width - columns) blank[rest.tail + thread] = Quad<T>::one(0.0f);
 }
 
 }  // namespace poweropd

@@ -55,12 +55,15 @@ RANGES: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
     "greater than 0 and finite": (
         lambda value: 0 < value < math.inf,
         (
+            "objective.clip_high",
+            "objective.tau",
             "rollout.temperature",
             "optimizer.lr",
             "optimizer.adam_eps",
             "eval.temperature",
         ),
     ),
+    "less than 0 and finite": (lambda value: -math.inf < value < 0, ("objective.clip_low",)),
     "greater than 0 and at most 1": (lambda value: 0 < value <= 1, ("rollout.top_p", "eval.top_p")),
     "at least 0 and less than 1": (
         lambda value: 0 <= value < 1,

@@ -26,6 +26,7 @@ CHANGEABLE_ON_RESUME = (
     "teacher.parallel.*",
     "teacher.micro_batch_size",
     "rollout.micro_batch_size",
+    "objective.head",
     "eval.interval",
     "checkpoint.*",
     "telemetry.*",
@@ -42,6 +43,7 @@ def check(config: TrainConfig, world_size: int | None = None) -> None:
     """
     check_ranges(config)
     _check_objective(config.objective)
+    _check_logits(config)
     _check_schedule(config.optimizer, config.train_steps)
     _check_data(config.data)
     _check_evaluation(config.eval, config.data.eval_files)
@@ -113,11 +115,21 @@ def _effective(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_objective(objective: ObjectiveConfig) -> None:
-    if objective.kind == "power" and not 0 < objective.alpha < math.inf:
+    if objective.kind in ("power", "box_cox") and not 0 < objective.alpha < math.inf:
         raise ConfigError(
             f"objective.alpha must be > 0 and finite, not {objective.alpha}; "
             "for the log-ratio limit set objective.kind = 'log_ratio'"
         )
+
+
+def _check_logits(config: TrainConfig) -> None:
+    if config.objective.logits_dtype == "bf16":
+        for name, dtype in (("student", config.student.dtype), ("teacher", config.teacher.dtype)):
+            if dtype != "bf16":
+                raise ConfigError(
+                    f"objective.logits_dtype = 'bf16' needs {name}.dtype = 'bf16', not {dtype!r}: "
+                    "set that, or objective.logits_dtype = 'fp32'"
+                )
 
 
 def _check_schedule(optimizer: OptimizerConfig, train_steps: int) -> None:

@@ -74,14 +74,29 @@ class RolloutConfig:
 class ObjectiveConfig:
     """What the student is rewarded for."""
 
-    kind: Literal["power", "log_ratio"] = "power"
+    kind: Literal["power", "log_ratio", "clip", "tanh", "prob_diff", "sqrt_diff", "box_cox"] = (
+        "power"
+    )
     """power: p_T^alpha - p_S^alpha (PowerOPD, bounded); log_ratio: log p_T - log p_S (vanilla OPD,
-    unbounded)."""
+    unbounded); clip and tanh: the log-ratio, bounded after the fact; prob_diff and sqrt_diff: power
+    with alpha 1 and 0.5; box_cox: power divided by alpha."""
     alpha: float = 5.0
-    """Exponent of the power reward; larger ignores tokens that both models find unlikely."""
+    """Exponent of power and box_cox; larger ignores tokens that both models find unlikely."""
+    clip_low: float = -1.0
+    """Smallest reward of clip."""
+    clip_high: float = 1.0
+    """Largest reward of clip."""
+    tau: float = 5.0
+    """tanh is of the log-ratio divided by this."""
     terminal: Literal["raw", "mask", "cross_eos", "im_end"] = "mask"
     """The final EOS position: raw scores it as is; mask drops it from the loss; cross_eos scores
     the teacher on its own EOS; im_end trains and scores the teacher's EOS in its place."""
+    head: Literal["fused", "recompute", "materialized"] = "fused"
+    """How the student's LM head is trained: fused visits each token once and keeps a chunk of
+    logits; recompute keeps a tile and multiplies a fourth time; materialized keeps all logits."""
+    logits_dtype: DType = "fp32"
+    """Type of both models' logits; bf16 (of bf16 models) is as transformers has it, with about a
+    tenth of the reward in rounding noise."""
 
 
 @dataclass(kw_only=True)

@@ -1,23 +1,28 @@
-"""From the decoder's hidden states to log-probs of chosen tokens, or to the next's logits.
+"""From the decoder's hidden states to log-probs and losses of chosen tokens, or to next logits.
 
-Both are output processors of GPTModel: they receive the last stage's hidden states and the output
+All are output processors of GPTModel: they receive the last stage's hidden states and the output
 weight.
 Shapes: S positions, B sequences, N chosen tokens, H hidden, Vp columns of the vocabulary on this
 rank.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
+import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
 )
 from torch import Tensor
-from torch.nn import functional
 
-from poweropd_megatron.ops.logprob import TokenLogprobs, vocab_parallel_logprob
+from poweropd_megatron.objectives.loss import policy_gradient_loss
+from poweropd_megatron.objectives.rewards import Reward
+from poweropd_megatron.ops.fused_policy_gradient import PolicyGradient, fused_policy_gradient
+from poweropd_megatron.ops.lm_head import materialized_logprob, recomputed_logprob, score
+from poweropd_megatron.ops.lm_head_tiles import LMHead
+from poweropd_megatron.ops.matmul import product
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +38,25 @@ class ChosenTokens:
     labels_BS: Tensor
     vocab_size: int
     tp_group: dist.ProcessGroup
+    logits_dtype: torch.dtype
+
+    @property
+    def labels_N(self) -> Tensor:
+        """Return the labels of the chosen positions, in row-major order."""
+        return self.labels_BS[self.is_chosen_BS]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardedTokens:
+    """Which positions of a batch are trained on, and for what.
+
+    Shapes: teacher_logp_N fp32, the chosen tokens' in row-major order.
+    """
+
+    chosen: ChosenTokens
+    teacher_logp_N: Tensor
+    reward: Reward
+    head: Literal["fused", "recompute", "materialized"]
 
 
 def score_chosen(
@@ -43,22 +67,39 @@ def score_chosen(
     config: Any,
     context: ChosenTokens,
     **_: Any,
-) -> TokenLogprobs:
+) -> Tensor:
     """Return the log-prob of each chosen token, [N], in row-major order of is_chosen_BS.
 
-    Only the chosen positions are multiplied with the head.
+    Only the chosen positions are multiplied with the head, a tile of logits at a time.
     """
-    hidden_BSH = _whole_sequence(hidden_states, config, context.tp_group)
-    is_chosen = context.is_chosen_BS[:, 1:]
-    logits_NVp = _logits(
-        hidden_BSH[:, :-1][is_chosen], output_layer, output_weight, context.tp_group
-    )
-    return vocab_parallel_logprob(
-        logits_NVp,
-        context.labels_BS[:, 1:][is_chosen],
-        vocab_size=context.vocab_size,
-        tp_group=context.tp_group,
-    )
+    hidden_NH, head = _chosen_hidden(hidden_states, output_layer, output_weight, config, context)
+    return score(hidden_NH, head, context.labels_N).logp_N
+
+
+def policy_gradient_of_chosen(
+    *,
+    hidden_states: Tensor,
+    output_layer: Any,
+    output_weight: Tensor | None,
+    config: Any,
+    context: RewardedTokens,
+    **_: Any,
+) -> PolicyGradient:
+    """Return the policy-gradient loss of the chosen tokens, a sum, with what it is made of.
+
+    Only the chosen positions are multiplied with the head. Backward gives the hidden states their
+    gradient summed over the tensor-parallel ranks, as a column-parallel layer does.
+    """
+    chosen = context.chosen
+    hidden_NH, head = _chosen_hidden(hidden_states, output_layer, output_weight, config, chosen)
+    if context.head == "fused":
+        return fused_policy_gradient(
+            hidden_NH, head, chosen.labels_N, context.teacher_logp_N, context.reward
+        )
+    logprob = recomputed_logprob if context.head == "recompute" else materialized_logprob
+    logp_N, entropy_N = logprob(hidden_NH, head, chosen.labels_N)
+    reward_N = context.reward(context.teacher_logp_N, logp_N)
+    return PolicyGradient(policy_gradient_loss(logp_N, reward_N), logp_N.detach(), entropy_N)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +108,7 @@ class NextToken:
 
     last_position_B: Tensor
     tp_group: dist.ProcessGroup
+    logits_dtype: torch.dtype
 
 
 def next_token_logits(
@@ -79,25 +121,37 @@ def next_token_logits(
     **_: Any,
 ) -> Tensor:
     """Return this rank's logits of the token after each row's last position, [B, Vp]."""
-    hidden_BSH = _whole_sequence(hidden_states, config, context.tp_group)
-    batch = context.last_position_B.new_tensor(range(hidden_BSH.shape[0]))
-    hidden_BH = hidden_BSH[batch, context.last_position_B]
-    return _logits(hidden_BH, output_layer, output_weight, context.tp_group)
-
-
-def _whole_sequence(hidden_SBH: Tensor, config: Any, tp_group: dist.ProcessGroup) -> Tensor:
-    """Return the hidden states as [B, S, H], gathered where sequence parallelism cut them."""
     if config.sequence_parallel:
-        hidden_SBH = gather_from_sequence_parallel_region(
-            hidden_SBH, tensor_parallel_output_grad=False, group=tp_group
-        )
-    return hidden_SBH.transpose(0, 1)
-
-
-def _logits(
-    hidden_NH: Tensor, output_layer: Any, output_weight: Tensor | None, tp_group: dist.ProcessGroup
-) -> Tensor:
-    """Return [N, Vp]; backward sums the hidden gradient as a column-parallel layer does."""
+        hidden_states = gather_from_sequence_parallel_region(hidden_states, group=context.tp_group)
+    batch = torch.arange(hidden_states.shape[1], device=hidden_states.device)
+    hidden_BH = hidden_states[context.last_position_B, batch]
     weight_VpH = output_layer.weight if output_weight is None else output_weight
-    hidden_NH = copy_to_tensor_model_parallel_region(hidden_NH, group=tp_group)
-    return functional.linear(hidden_NH, weight_VpH)
+    logits_BVp = hidden_BH.new_empty(len(hidden_BH), len(weight_VpH), dtype=context.logits_dtype)
+    product(hidden_BH, weight_VpH.t(), out=logits_BVp)
+    return logits_BVp
+
+
+def _chosen_hidden(
+    hidden_SBH: Tensor,
+    output_layer: Any,
+    output_weight: Tensor | None,
+    config: Any,
+    chosen: ChosenTokens,
+) -> tuple[Tensor, LMHead]:
+    """Return the hidden states from which the chosen tokens are predicted, [N, H], and the head.
+
+    Their gradient is summed over the tensor-parallel ranks: by a reduce-scatter where sequence
+    parallelism cut them, else by an all-reduce.
+    """
+    if config.sequence_parallel:
+        hidden_SBH = gather_from_sequence_parallel_region(hidden_SBH, group=chosen.tp_group)
+    hidden_NH = hidden_SBH.transpose(0, 1)[:, :-1][chosen.is_chosen_BS[:, 1:]]
+    if not config.sequence_parallel:
+        hidden_NH = copy_to_tensor_model_parallel_region(hidden_NH, group=chosen.tp_group)
+    head = LMHead(
+        weight_VpH=output_layer.weight if output_weight is None else output_weight,
+        vocab_size=chosen.vocab_size,
+        tp_group=chosen.tp_group,
+        logits_dtype=chosen.logits_dtype,
+    )
+    return hidden_NH, head

@@ -1,49 +1,68 @@
 """Token rewards: what the student gains by a token, from the teacher's and its own log-prob of it.
 
-Shapes: N tokens. All log-probs are natural, fp32, at most 0.
+Each is of one token by itself, and 0 where both log-probs are equal, both of them -inf included.
+The kernels behind them are in ops/rewards.py.
+Shapes: teacher_logp and student_logp of one shape, fp32, natural logarithms, at most 0.
 """
 
 from collections.abc import Callable
+from functools import partial
 
-import torch
 from torch import Tensor
 
 from poweropd_megatron.config.schema import ObjectiveConfig
+from poweropd_megatron.ops.rewards import token_reward
 
 Reward = Callable[[Tensor, Tensor], Tensor]
-"""(teacher_logp_N, student_logp_N) -> reward_N, detached."""
+"""(teacher_logp, student_logp) -> reward, detached, of the same shape."""
 
 
-def power_reward(teacher_logp_N: Tensor, student_logp_N: Tensor, *, alpha: float) -> Tensor:
+def power_reward(teacher_logp: Tensor, student_logp: Tensor, *, alpha: float) -> Tensor:
     """Return p_T**alpha - p_S**alpha for each token, detached.
 
-    Range: [-1, 1], with the sign of p_T - p_S; 0 for equal log-probs, both of them -inf included.
+    Range: [-1, 1], with the sign of p_T - p_S.
     Raises: ValueError if alpha <= 0 (the limit alpha -> 0 is the log-ratio: use that reward).
     Source: PowerOPD, eq. 4, in the form sign(d) exp(alpha max) (1 - exp(-alpha |d|)) with d = log
     p_T - log p_S: near-equal probabilities keep their relative accuracy, and no exponential
-    overflows.
+    overflows. alpha 1 is the difference of probabilities, 0.5 that of their square roots.
     """
-    if alpha <= 0:
-        raise ValueError(f"alpha must be > 0, got {alpha}; for the log-ratio limit use log_ratio")
-    larger_N = torch.maximum(teacher_logp_N, student_logp_N).detach()
-    difference_N = log_ratio_reward(teacher_logp_N, student_logp_N)
-    size_N = torch.exp(alpha * larger_N) * -torch.expm1(-alpha * difference_N.abs())
-    return torch.sign(difference_N) * size_N
+    return token_reward("power", teacher_logp, student_logp, a=alpha)
 
 
-def log_ratio_reward(teacher_logp_N: Tensor, student_logp_N: Tensor) -> Tensor:
-    """Return log p_T - log p_S for each token, detached: vanilla on-policy distillation, unbounded.
+def box_cox_reward(teacher_logp: Tensor, student_logp: Tensor, *, alpha: float) -> Tensor:
+    """Return (p_T**alpha - p_S**alpha) / alpha: the log-ratio as alpha -> 0. Range: +-1 / alpha."""
+    return token_reward("box_cox", teacher_logp, student_logp, a=alpha)
 
-    0 where both are -inf.
-    """
-    teacher_logp_N, student_logp_N = teacher_logp_N.detach(), student_logp_N.detach()
-    equal_N = teacher_logp_N == student_logp_N
-    return torch.where(equal_N, 0.0, teacher_logp_N - student_logp_N)
+
+def log_ratio_reward(teacher_logp: Tensor, student_logp: Tensor) -> Tensor:
+    """Return log p_T - log p_S: vanilla on-policy distillation, unbounded."""
+    return token_reward("log_ratio", teacher_logp, student_logp)
+
+
+def clip_reward(teacher_logp: Tensor, student_logp: Tensor, *, low: float, high: float) -> Tensor:
+    """Return the log-ratio held to [low, high]."""
+    return token_reward("clip", teacher_logp, student_logp, a=low, b=high)
+
+
+def tanh_reward(teacher_logp: Tensor, student_logp: Tensor, *, tau: float) -> Tensor:
+    """Return tanh(log-ratio / tau). Range: [-1, 1]."""
+    return token_reward("tanh", teacher_logp, student_logp, a=tau)
 
 
 def build_reward(objective: ObjectiveConfig) -> Reward:
     """Return the reward that the settings ask for."""
-    if objective.kind == "power":
-        alpha = objective.alpha
-        return lambda teacher, student: power_reward(teacher, student, alpha=alpha)
-    return log_ratio_reward
+    match objective.kind:
+        case "power":
+            return partial(power_reward, alpha=objective.alpha)
+        case "prob_diff":
+            return partial(power_reward, alpha=1.0)
+        case "sqrt_diff":
+            return partial(power_reward, alpha=0.5)
+        case "box_cox":
+            return partial(box_cox_reward, alpha=objective.alpha)
+        case "log_ratio":
+            return log_ratio_reward
+        case "clip":
+            return partial(clip_reward, low=objective.clip_low, high=objective.clip_high)
+        case "tanh":
+            return partial(tanh_reward, tau=objective.tau)

@@ -10,6 +10,8 @@ from torch import Tensor
 
 OVERRIDE = "POWEROPD_OPS"
 """Environment variable: `torch` takes the plain torch reference on every device."""
+IGNORED_TARGET = -100
+"""Target of rows that take no part: they are never read, and all their results are zero."""
 _MODULES = {"cpu": "poweropd_megatron.ops._cpu", "cuda": "poweropd_megatron.ops._cuda"}
 
 
@@ -21,9 +23,9 @@ class Softmaxes(NamedTuple):
     entropy_N: Tensor | None
     """In nats; None unless it was asked for."""
     maximum_N: Tensor
-    """Largest logit in octaves, that is times log2(e)."""
+    """The largest logit."""
     inverse_sum_N: Tensor
-    """1 / sum of 2^(logit log2(e) - maximum)."""
+    """1 / sum of e^(logit - maximum)."""
 
 
 class RowKernels(Protocol):

@@ -1,6 +1,6 @@
 """Log-probs of chosen tokens from logits that tensor parallelism cut along the vocabulary.
 
-Shapes: N tokens, Vp columns of the vocabulary on this rank (padding included).
+Shapes: N tokens, Vp columns of the vocabulary on this rank (padding included), R ranks.
 """
 
 from typing import Any, NamedTuple
@@ -9,6 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from poweropd_megatron.ops.backends import IGNORED_TARGET, Softmaxes, kernels_for
+from poweropd_megatron.ops.rows import check_logits
 
 
 class TokenLogprobs(NamedTuple):
@@ -21,29 +24,48 @@ class TokenLogprobs(NamedTuple):
 
 
 def vocab_parallel_logprob(
-    logits_NVp: Tensor, targets_N: Tensor, *, vocab_size: int, tp_group: dist.ProcessGroup
+    logits_NVp: Tensor,
+    targets_N: Tensor,
+    *,
+    vocab_size: int,
+    tp_group: dist.ProcessGroup,
+    inplace_backward: bool = False,
 ) -> TokenLogprobs:
     """Return log p(target) and the entropy for each row of logits.
 
-    Shapes: logits_NVp [N, Vp] in any float dtype, rank r holding columns r*Vp ... (r+1)*Vp - 1 of
-    the vocabulary; targets_N [N] int64 in [0, vocab_size), the same on all ranks. Columns at and
-    beyond vocab_size are padding: they take no part in the softmax and get zero gradient.
-    Numerics: log-sum-exp in fp32 about the row's maximum; the gradient has the logits' dtype.
-    Cost: two all_reduces forward (4 and 12 bytes a token), none backward.
-    Raises: ValueError for shapes that don't match, or targets outside the vocabulary.
+    Shapes: logits_NVp [N, Vp] fp32 or bf16, rank r holding columns r*Vp ... (r+1)*Vp - 1 of the
+    vocabulary; targets_N [N] int64 in [0, vocab_size), the same on all ranks, or -100 for rows that
+    are ignored: log-prob, entropy and gradient 0. Columns at and beyond vocab_size are padding:
+    they take no part in the softmax and get zero gradient.
+    Numerics: fp32 exponentials about the row's maximum; the gradient has the logits' dtype.
+    Memory: 24 bytes a token beside the logits, and 16 more a rank of the group; the gradient is a
+    copy of the logits unless inplace_backward, which writes it over them.
+    Cost: one read of the logits and one all_gather of 16 bytes a token forward; one read and one
+    write backward, without a collective.
+    Raises: ValueError naming the tensor that doesn't fit, or a target outside the vocabulary.
     """
-    if logits_NVp.dim() != 2 or targets_N.shape != logits_NVp.shape[:1]:
-        raise ValueError(
-            f"expected logits [N, Vp] and targets [N], got {tuple(logits_NVp.shape)} "
-            f"and {tuple(targets_N.shape)}"
-        )
-    if targets_N.numel() and not (0 <= int(targets_N.min()) <= int(targets_N.max()) < vocab_size):
-        raise ValueError(
-            f"targets must lie in [0, {vocab_size}), got {int(targets_N.min())} "
-            f"to {int(targets_N.max())}"
-        )
-    logp_N, entropy_N = _VocabParallelLogprob.apply(logits_NVp, targets_N, vocab_size, tp_group)
+    first_column = dist.get_rank(tp_group) * logits_NVp.shape[-1]
+    check_logits(logits_NVp, targets_N, first_column=first_column, vocab_size=vocab_size)
+    logp_N, entropy_N = _VocabParallelLogprob.apply(
+        logits_NVp, targets_N.contiguous(), first_column, vocab_size, tp_group, inplace_backward
+    )
     return TokenLogprobs(logp_N, entropy_N)
+
+
+def combine_over_ranks(
+    stats_N4: Tensor, targets_N: Tensor, tp_group: dist.ProcessGroup, *, with_entropy: bool
+) -> Softmaxes:
+    """Return the softmaxes of rows whose states each rank has for its columns.
+
+    The states are merged in the order of the ranks, so that all ranks get the same bits.
+    Cost: one all_gather of 16 bytes a token.
+    """
+    size = dist.get_world_size(tp_group)
+    stats_RN4 = stats_N4[None]
+    if size > 1:
+        stats_RN4 = stats_N4.new_empty(size, *stats_N4.shape)
+        dist.all_gather_single(stats_RN4.flatten(0, 1), stats_N4, group=tp_group)
+    return kernels_for(stats_N4).combine(stats_RN4, targets_N, with_entropy=with_entropy)
 
 
 class _VocabParallelLogprob(torch.autograd.Function):
@@ -52,53 +74,36 @@ class _VocabParallelLogprob(torch.autograd.Function):
         ctx: Any,
         logits_NVp: Tensor,
         targets_N: Tensor,
+        first_column: int,
         vocab_size: int,
         tp_group: dist.ProcessGroup,
+        inplace_backward: bool,
     ) -> tuple[Tensor, Tensor]:
-        first_column = dist.get_rank(tp_group) * logits_NVp.shape[1]
-        columns = min(max(vocab_size - first_column, 0), logits_NVp.shape[1])
-        scores = logits_NVp[:, :columns].float()
-
-        maximum_N = (
-            scores.amax(dim=1) if columns else scores.new_full((scores.shape[0],), -torch.inf)
+        stats_N4 = kernels_for(logits_NVp).row_stats(
+            logits_NVp, targets_N, first_column=first_column, vocab_size=vocab_size
         )
-        dist.all_reduce(maximum_N, op=dist.ReduceOp.MAX, group=tp_group)
-
-        shifted = scores - maximum_N[:, None]
-        weights = shifted.exp()
-        local_N, is_here_N = _local_targets(targets_N, first_column, columns)
-        sums_3N = torch.zeros(3, scores.shape[0], device=scores.device)
-        sums_3N[0] = weights.sum(dim=1)
-        sums_3N[1] = torch.where(weights > 0, weights * shifted, 0.0).sum(dim=1)
-        if columns:
-            target_N = shifted.gather(1, local_N[:, None])[:, 0]
-            sums_3N[2] = torch.where(is_here_N, target_N, 0.0)
-        dist.all_reduce(sums_3N, group=tp_group)
-
-        log_normaliser_N = sums_3N[0].log()
-        logp_N = sums_3N[2] - log_normaliser_N
-        entropy_N = log_normaliser_N - sums_3N[1] / sums_3N[0]
-        ctx.save_for_backward(logits_NVp, local_N, is_here_N, maximum_N, sums_3N[0])
-        ctx.columns = columns
-        ctx.mark_non_differentiable(entropy_N)
-        return logp_N, entropy_N
+        softmax = combine_over_ranks(stats_N4, targets_N, tp_group, with_entropy=True)
+        ctx.save_for_backward(logits_NVp, targets_N, softmax.maximum_N, softmax.inverse_sum_N)
+        ctx.columns = {"first_column": first_column, "vocab_size": vocab_size}
+        ctx.inplace_backward = inplace_backward
+        assert softmax.entropy_N is not None
+        ctx.mark_non_differentiable(softmax.entropy_N)
+        return softmax.logp_N, softmax.entropy_N
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_N: Tensor, _grad_entropy_N: Tensor) -> tuple[Tensor | None, ...]:
-        logits_NVp, local_N, is_here_N, maximum_N, normaliser_N = ctx.saved_tensors
-        grad_logits = torch.zeros_like(logits_NVp)
-        if ctx.columns:
-            shifted = logits_NVp[:, : ctx.columns].float() - maximum_N[:, None]
-            grad = shifted.exp_().mul_(-(grad_N / normaliser_N)[:, None])
-            one_hot_N = torch.where(is_here_N, grad_N, 0.0)
-            grad.scatter_add_(1, local_N[:, None], one_hot_N[:, None])
-            grad_logits[:, : ctx.columns] = grad
-        return grad_logits, None, None, None
-
-
-def _local_targets(targets_N: Tensor, first_column: int, columns: int) -> tuple[Tensor, Tensor]:
-    """Return each target's column on this rank (0 where it is elsewhere) and whether it is here."""
-    local_N = targets_N - first_column
-    is_here_N = (local_N >= 0) & (local_N < columns)
-    return torch.where(is_here_N, local_N, 0), is_here_N
+        logits_NVp, targets_N, maximum_N, inverse_sum_N = ctx.saved_tensors
+        grad_logits = logits_NVp if ctx.inplace_backward else logits_NVp.clone()
+        kernels_for(logits_NVp).row_grad_(
+            grad_logits,
+            targets_N,
+            maximum_N=maximum_N,
+            inverse_sum_N=inverse_sum_N,
+            grad_N=torch.where(targets_N == IGNORED_TARGET, 0.0, grad_N).contiguous(),
+            **ctx.columns,
+        )
+        if ctx.inplace_backward:
+            # A second backward would read gradients for logits: autograd refuses it by this.
+            torch.autograd.graph.increment_version(logits_NVp)
+        return grad_logits, None, None, None, None, None

@@ -1,7 +1,4 @@
-"""Rewards that depend on one token's two log-probs alone.
-
-Shapes: N tokens. Log-probs are natural, fp32, at most 0.
-"""
+"""Rewards that depend on one token's two log-probs alone."""
 
 import math
 
@@ -15,38 +12,31 @@ REWARD_KINDS = ("power", "box_cox", "log_ratio", "clip", "tanh")
 
 
 def token_reward(
-    kind: str, teacher_logp_N: Tensor, student_logp_N: Tensor, *, a: float = 0.0, b: float = 0.0
+    kind: str, teacher_logp: Tensor, student_logp: Tensor, *, a: float = 0.0, b: float = 0.0
 ) -> Tensor:
-    """Return the reward of each token, [N] fp32, detached; 0 for equal log-probs, also both -inf.
+    """Return the reward of each token, fp32, detached; 0 for equal log-probs, also both -inf.
 
     power: p_T^a - p_S^a; box_cox: (p_T^a - p_S^a) / a; log_ratio: log p_T - log p_S; clip: the
     log-ratio held to [a, b]; tanh: tanh(log-ratio / a). A NaN on either side gives NaN.
-    Raises: ValueError for tensors that aren't two fp32 vectors of one shape and device, an unknown
-    kind, a <= 0 where it is an exponent or a scale, or bounds a > b.
+    Shapes: both of one shape and device, fp32 natural logarithms.
+    Raises: ValueError naming what doesn't fit: a tensor, the kind, or a parameter.
     """
     if kind not in REWARD_KINDS:
         raise ValueError(f"kind must be one of {', '.join(REWARD_KINDS)}, got {kind!r}")
-    if kind in ("power", "box_cox", "tanh") and not 0 < a < math.inf:
-        name = "tau" if kind == "tanh" else "alpha"
-        raise ValueError(f"{kind} needs {name} (a) > 0 and finite, got {a}")
+    if kind in ("power", "box_cox") and not 0 < a < math.inf:
+        raise ValueError(f"alpha must be > 0, got {a}; for the limit 0 use log_ratio")
+    if kind == "tanh" and not 0 < a < math.inf:
+        raise ValueError(f"tau must be > 0 and finite, got {a}")
     if kind == "clip" and not a <= b:
-        raise ValueError(f"clip needs a <= b, got [{a}, {b}]")
-    for name, logp in (("teacher_logp_N", teacher_logp_N), ("student_logp_N", student_logp_N)):
-        if logp.dim() != 1 or logp.dtype != torch.float32:
-            raise ValueError(f"{name} must be [N] fp32, got {tuple(logp.shape)} {logp.dtype}")
-    if teacher_logp_N.shape != student_logp_N.shape:
+        raise ValueError(f"the bounds of clip must be ascending, got {a} and {b}")
+    for name, logp in (("teacher_logp", teacher_logp), ("student_logp", student_logp)):
+        if logp.dtype != torch.float32:
+            raise ValueError(f"{name} must be fp32, got {logp.dtype}")
+    if teacher_logp.shape != student_logp.shape or teacher_logp.device != student_logp.device:
         raise ValueError(
-            f"teacher_logp_N has {len(teacher_logp_N)} tokens, student_logp_N {len(student_logp_N)}"
+            f"teacher_logp is {tuple(teacher_logp.shape)} on {teacher_logp.device}, student_logp "
+            f"{tuple(student_logp.shape)} on {student_logp.device}: they must be alike"
         )
-    if teacher_logp_N.device != student_logp_N.device:
-        raise ValueError(
-            f"teacher_logp_N is on {teacher_logp_N.device}, student_logp_N on "
-            f"{student_logp_N.device}"
-        )
-    return kernels_for(student_logp_N).token_reward(
-        kind,
-        teacher_logp_N.detach().contiguous(),
-        student_logp_N.detach().contiguous(),
-        a=a,
-        b=b,
+    return kernels_for(student_logp).token_reward(
+        kind, teacher_logp.detach().contiguous(), student_logp.detach().contiguous(), a=a, b=b
     )

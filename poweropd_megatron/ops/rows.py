@@ -8,8 +8,7 @@ Shapes: N rows, Vp columns of the vocabulary on this rank (padding included), R 
 import torch
 from torch import Tensor
 
-from poweropd_megatron.ops.backends import Softmaxes, kernels_for
-from poweropd_megatron.ops.torch_rows import IGNORED_TARGET
+from poweropd_megatron.ops.backends import IGNORED_TARGET, Softmaxes, kernels_for
 
 LOGIT_DTYPES = (torch.float32, torch.bfloat16)
 
@@ -25,10 +24,10 @@ def row_stats(
 ) -> Tensor:
     """Return the state of each row of a shard, [N, 4] fp32.
 
-    A state is {m, s, z, t}: m the largest logit in octaves (times log2(e)), s the sum of
-    2^(logit log2(e) - m), z the target's logit or -inf if another shard has it, t the sum weighted
-    with the exponent (0 unless with_entropy). With stats_N4, which is written and returned, the
-    columns join those that it has seen: a vocabulary may be visited in tiles.
+    A state is {m, s, z, t}: m the largest logit, s the sum of e^(logit - m), z the target's logit
+    or -inf if another shard has it, t the sum weighted with logit - m (0 unless with_entropy). With
+    stats_N4, which is written and returned, the columns join those that it has seen: a vocabulary
+    may be visited in tiles.
 
     Shapes: logits_NVp [N, Vp] fp32 or bf16, unit stride along the columns; column j is token
     first_column + j, and those from vocab_size on are padding that is never read; targets_N [N]

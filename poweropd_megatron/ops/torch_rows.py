@@ -1,6 +1,6 @@
 """The kernels over rows of logits in plain torch: the reference, and what runs without a compiler.
 
-Shapes: N rows, Vp columns of the vocabulary on this rank, R ranks. Octaves are log2 units.
+Shapes: N rows, Vp columns of the vocabulary on this rank, R ranks.
 """
 
 from collections.abc import Iterator
@@ -8,13 +8,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from poweropd_megatron.ops.backends import Softmaxes
+from poweropd_megatron.ops.backends import IGNORED_TARGET, Softmaxes
 from poweropd_megatron.ops.compiled_rows import num_valid_columns
 
-IGNORED_TARGET = -100
-LOG2E = float(torch.tensor(1.4426950408889634, dtype=torch.float32))
-LN2 = 0.6931471805599453
-_LOWEST_OCTAVE = -200.0
+_LOWEST_EXPONENT = -150.0
+"""Below it an exponential is zero in fp32, but 0 * -inf would be NaN."""
 _CHUNK_ELEMENTS = 1 << 22
 
 
@@ -45,9 +43,8 @@ def combine(stats_RN4: Tensor, targets_N: Tensor, *, with_entropy: bool = True) 
     """Return the rows' softmaxes; see ops.rows.combine."""
     (maximum_N, sum_N, weighted_N), target_N = _merge(stats_RN4)
     live_N = targets_N != IGNORED_TARGET
-    octaves_N = (target_N.double() * LOG2E - maximum_N.double()).float()
-    logp_N = (octaves_N - sum_N.log2()) * LN2
-    entropy_N = (sum_N.log2() - weighted_N / sum_N) * LN2
+    logp_N = (target_N - maximum_N) - sum_N.log()
+    entropy_N = sum_N.log() - weighted_N / sum_N
     return Softmaxes(
         logp_N=torch.where(live_N, logp_N, 0.0),
         entropy_N=torch.where(live_N, entropy_N, 0.0) if with_entropy else None,
@@ -93,7 +90,8 @@ def row_grad_(
         grad_n = grad_N[rows, None]
         part = logits_NVp[rows, :columns]
         local_n, is_here_n = _local_targets(targets_N[rows], first_column, columns)
-        result = _octaves(part, maximum_N[rows]).exp2_() * (-grad_n * inverse_sum_N[rows, None])
+        result = (part.float() - maximum_N[rows, None]).exp_()
+        result *= -grad_n * inverse_sum_N[rows, None]
         if columns:
             result.scatter_add_(1, local_n[:, None], torch.where(is_here_n[:, None], grad_n, 0.0))
         part.copy_(torch.where(grad_n == 0, 0.0, result))
@@ -105,15 +103,14 @@ def _row_stats(logits: Tensor, targets_N: Tensor, first_column: int, with_entrop
     maximum_N = (
         scores.nan_to_num(-torch.inf, torch.inf, -torch.inf).amax(1) if scores.shape[1] else blank_N
     )
-    maximum_N = maximum_N * LOG2E
-    octaves = _octaves(logits, maximum_N)
+    exponents = scores - maximum_N[:, None]
     # A row of -inf alone has the state of no columns; a NaN anywhere stays.
     empty_N = maximum_N == -torch.inf
-    octaves = torch.where(empty_N[:, None], scores, octaves)
-    weights = octaves.exp2()
+    exponents = torch.where(empty_N[:, None], scores, exponents)
+    weights = exponents.exp()
     weighted_N = torch.zeros_like(maximum_N)
     if with_entropy:
-        weighted_N = (weights * octaves.clamp(min=_LOWEST_OCTAVE)).sum(1)
+        weighted_N = (weights * exponents.clamp(min=_LOWEST_EXPONENT)).sum(1)
         weighted_N = torch.where(empty_N, 0.0, weighted_N)
     local_N, is_here_N = _local_targets(targets_N, first_column, logits.shape[1])
     target_N = blank_N
@@ -129,7 +126,7 @@ def _merge(stats_RN4: Tensor) -> tuple[Tensor, Tensor]:
     maximum_RN, sum_RN, target_RN, weighted_RN = stats_RN4.unbind(-1)
     maximum_N = maximum_RN.amax(0)
     shift_RN = torch.where(maximum_RN == -torch.inf, -torch.inf, maximum_RN - maximum_N)
-    scale_RN = shift_RN.exp2()
+    scale_RN = shift_RN.exp()
     # The empty states' sum is 0, or NaN, which has to stay.
     sums_RN = torch.where(maximum_RN == -torch.inf, sum_RN, sum_RN * scale_RN)
     moved_RN = scale_RN * (weighted_RN + sum_RN * shift_RN)
@@ -138,11 +135,6 @@ def _merge(stats_RN4: Tensor) -> tuple[Tensor, Tensor]:
     target_N = torch.where(missing_RN, 0.0, target_RN).sum(0)
     target_N = torch.where(missing_RN.all(0), -torch.inf, target_N)
     return torch.stack([maximum_N, sums_RN.sum(0), weights_RN.sum(0)]), target_N
-
-
-def _octaves(logits: Tensor, maximum_N: Tensor) -> Tensor:
-    """Return logits * log2(e) - maximum, rounded once, as the kernels' fma does."""
-    return (logits.double() * LOG2E - maximum_N.double()[:, None]).float()
 
 
 def _local_targets(targets_N: Tensor, first_column: int, columns: int) -> tuple[Tensor, Tensor]:

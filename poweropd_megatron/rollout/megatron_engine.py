@@ -61,6 +61,7 @@ class MegatronRolloutEngine:
         vocab_size: int,
         stop_token_ids: Sequence[int],
         micro_batch_size: int,
+        logits_dtype: torch.dtype,
         seed: int,
     ) -> None:
         self._chunk = chunk
@@ -68,6 +69,7 @@ class MegatronRolloutEngine:
         self._vocab_size = vocab_size
         self._stop_token_ids = torch.tensor(sorted(stop_token_ids))
         self._micro_batch_size = micro_batch_size
+        self._logits_dtype = logits_dtype
         self._seed = seed
 
     @torch.no_grad()
@@ -145,7 +147,9 @@ class MegatronRolloutEngine:
                     token_ids,
                     output_processor=next_token_logits,
                     context=NextToken(
-                        last_position_B=last_position_B, tp_group=self._layout.groups.tp
+                        last_position_B=last_position_B,
+                        tp_group=self._layout.groups.tp,
+                        logits_dtype=self._logits_dtype,
                     ),
                 )
                 tokens_B = self._draw(logits, uniform_BT[:, step], step, slots, responses, sampling)

@@ -21,6 +21,7 @@ from poweropd_megatron.telemetry.text import (
     format_measure,
     format_number,
     measure_label,
+    objective_label,
     ordered_measures,
 )
 
@@ -144,10 +145,8 @@ def _model_name(role: str, config: Mapping[str, Any], summary: Mapping[str, Any]
 
 
 def _objective(objective: Mapping[str, Any]) -> str:
-    kind = objective.get("kind", "objective not recorded")
-    rest = [f"alpha {objective['alpha']:g}"] if kind == "power" and "alpha" in objective else []
-    rest += [f"terminal {objective['terminal']}"] if "terminal" in objective else []
-    return ", ".join([str(kind).replace("_", "-"), *rest])
+    rest = [f"terminal {objective['terminal']}"] if "terminal" in objective else []
+    return ", ".join([objective_label(objective), *rest])
 
 
 def _progress(

@@ -13,6 +13,13 @@ _MEASURES = {
     "truncation_rate": "truncated",
 }
 
+_OBJECTIVE_PARAMETERS: dict[str, tuple[str, ...]] = {
+    "power": ("alpha",),
+    "box_cox": ("alpha",),
+    "clip": ("clip_low", "clip_high"),
+    "tanh": ("tau",),
+}
+
 
 def evaluation_measures(record: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:
     """Return the values of an evaluation by source: "" for all files, then each file's stem.
@@ -35,6 +42,14 @@ def ordered_measures(names: Iterable[str]) -> list[str]:
     sampled.sort(key=lambda name: (int(name.partition("@")[2]), name))
     order = ["greedy_accuracy", *sampled, "response_length", "eos_rate", "truncation_rate"]
     return [name for name in order if name in names]
+
+
+def objective_label(objective: Mapping[str, Any]) -> str:
+    """Return the reward and its parameters in words, from the settings under `objective`."""
+    kind = str(objective.get("kind", "objective not recorded"))
+    names = [name for name in _OBJECTIVE_PARAMETERS.get(kind, ()) if name in objective]
+    parameters = [f"{name} {objective[name]:g}" for name in names]
+    return ", ".join([kind, *parameters]).replace("_", "-")
 
 
 def measure_label(name: str) -> str:

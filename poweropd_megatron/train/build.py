@@ -9,6 +9,7 @@ from poweropd_megatron.checkpoint.run_state import RunState
 from poweropd_megatron.checkpoint.store import CheckpointStore
 from poweropd_megatron.config.schema import TrainConfig
 from poweropd_megatron.data.prompts import PromptStream
+from poweropd_megatron.models.build import TORCH_DTYPES
 from poweropd_megatron.objectives.rewards import build_reward
 from poweropd_megatron.parallel import cpu_device
 from poweropd_megatron.parallel.layout import student_layout, teacher_layout
@@ -31,13 +32,15 @@ def build_run(config: TrainConfig, inputs: RunInputs, device: torch.device) -> R
     layout = student_layout(config.student.parallel, device, seed=config.seed)
     student = Student(config, inputs.student, layout)
     frozen_layout = teacher_layout(config.teacher.parallel, layout)
-    teacher = Teacher(config.teacher, inputs.teacher, frozen_layout)
+    logits_dtype = config.objective.logits_dtype
+    teacher = Teacher(config.teacher, inputs.teacher, frozen_layout, logits_dtype=logits_dtype)
     engine = MegatronRolloutEngine(
         student.chunk,
         layout,
         vocab_size=inputs.student.vocab_size,
         stop_token_ids=inputs.tokenizer.eos_token_ids,
         micro_batch_size=config.rollout.micro_batch_size,
+        logits_dtype=TORCH_DTYPES[logits_dtype],
         seed=config.seed,
     )
     prompts = PromptStream(inputs.train_prompts, seed=config.seed, shuffle=config.data.shuffle)

@@ -44,6 +44,7 @@ class MicroBatch:
         *,
         vocab_size: int,
         tp_group: dist.ProcessGroup,
+        logits_dtype: torch.dtype,
         device: torch.device,
     ) -> ChosenTokens:
         """Return what the model is to score here."""
@@ -52,6 +53,7 @@ class MicroBatch:
             labels_BS=self.cut(labels_BT).to(device),
             vocab_size=vocab_size,
             tp_group=tp_group,
+            logits_dtype=logits_dtype,
         )
 
 

@@ -6,6 +6,7 @@ Only rank 0 writes; on the others every method returns at once.
 import statistics
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from poweropd_megatron.config.schema import TrainConfig
 from poweropd_megatron.telemetry.console import Console
 from poweropd_megatron.telemetry.report import write_report
 from poweropd_megatron.telemetry.sinks import JsonlSink, read_jsonl, write_json_atomically
+from poweropd_megatron.telemetry.text import objective_label
 from poweropd_megatron.train.evaluation import Evaluation
 from poweropd_megatron.train.inputs import RunInputs
 from poweropd_megatron.train.step_metrics import TRAINING_PHASES
@@ -60,12 +62,7 @@ class Recorder:
         num_eval = sum(len(prompts) for prompts in inputs.eval_prompts.values())
         self.info(
             f"prompts: {len(inputs.train_prompts)} to train on, {num_eval} held out; objective: "
-            f"{config.objective.kind}"
-            + (
-                f" with alpha {config.objective.alpha:g}"
-                if config.objective.kind == "power"
-                else ""
-            )
+            f"{objective_label(asdict(config.objective))}, {config.objective.head} LM head"
         )
         rollout = config.rollout
         if rollout.temperature != 1 or rollout.top_p < 1 or rollout.top_k:
@@ -157,7 +154,7 @@ def summarise(records: list[dict[str, Any]], config: TrainConfig, export: Path) 
             record[f"time/{phase}_seconds"] for record in steps for phase in TRAINING_PHASES
         ),
         "grad_norm": {"median": statistics.median(norms), "max": max(norms)},
-        "objective": {"kind": config.objective.kind, "alpha": config.objective.alpha},
+        "objective": asdict(config.objective),
         "student": config.student.path,
         "teacher": config.teacher.path,
         "export": str(export),

@@ -111,12 +111,15 @@ def _tell_again(config: TrainConfig, summary: dict[str, Any]) -> None:
 
 def _train(config: TrainConfig, inputs: RunInputs, device: torch.device) -> None:
     from poweropd_megatron.checkpoint.export import export
+    from poweropd_megatron.ops.backends import describe
     from poweropd_megatron.train import loop
     from poweropd_megatron.train.build import build_run
 
     run = build_run(config, inputs, device)
     with run.recorder.speaking():
         run.recorder.introduce(inputs)
+        are_expected, kernels = describe(device)
+        (run.recorder.info if are_expected else run.recorder.warning)(kernels)
         last_step = run.state.load_latest()
         if run.recorder.is_first_rank:
             replace_text(Path(config.output_dir) / "config.toml", to_toml(config))

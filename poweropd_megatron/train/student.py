@@ -23,11 +23,10 @@ from poweropd_megatron.config.schema import TrainConfig
 from poweropd_megatron.errors import NonFiniteError
 from poweropd_megatron.models.build import TORCH_DTYPES, build_model
 from poweropd_megatron.models.qwen3 import Qwen3Config
-from poweropd_megatron.models.scoring import score_chosen
+from poweropd_megatron.models.scoring import RewardedTokens, policy_gradient_of_chosen
 from poweropd_megatron.objectives.labels import Labels
-from poweropd_megatron.objectives.loss import policy_gradient_loss
 from poweropd_megatron.objectives.rewards import Reward
-from poweropd_megatron.ops.logprob import TokenLogprobs
+from poweropd_megatron.ops.fused_policy_gradient import PolicyGradient
 from poweropd_megatron.parallel.layout import Layout
 from poweropd_megatron.parallel.world import own_rows, share_rows
 from poweropd_megatron.rollout.trajectories import Trajectories
@@ -58,6 +57,8 @@ class Student:
         self.layout = layout
         self.vocab_size = model.vocab_size
         self._micro_batch_size = config.micro_batch_size
+        self._head = config.objective.head
+        self._logits_dtype = TORCH_DTYPES[config.objective.logits_dtype]
         [self.chunk] = build_model(
             model,
             layout,
@@ -138,40 +139,44 @@ class Student:
             labels.student_BT,
             vocab_size=self.vocab_size,
             tp_group=self.layout.groups.tp,
+            logits_dtype=self._logits_dtype,
             device=self.layout.device,
         )
+        teacher_logp_N = micro_batch.cut(teacher_logp_BT)[micro_batch.mask_bS]
         output = ddp(
             input_ids=micro_batch.token_ids_bS.to(self.layout.device),
             position_ids=None,
             attention_mask=None,
-            output_processor=score_chosen,
-            output_processor_context=chosen,
+            output_processor=policy_gradient_of_chosen,
+            output_processor_context=RewardedTokens(
+                chosen=chosen,
+                teacher_logp_N=teacher_logp_N.to(self.layout.device),
+                reward=reward,
+                head=self._head,
+            ),
         )
-        teacher_logp_N = micro_batch.cut(teacher_logp_BT)[micro_batch.mask_bS]
 
-        def loss(scores: TokenLogprobs) -> tuple[Tensor, Tensor, tuple[MicroBatch, TokenLogprobs]]:
-            reward_N = reward(teacher_logp_N.to(scores.logp_N.device), scores.logp_N)
-            num_tokens = torch.tensor(len(reward_N), dtype=torch.int, device=scores.logp_N.device)
-            detached = TokenLogprobs(scores.logp_N.detach(), scores.entropy_N)
-            return (
-                policy_gradient_loss(scores.logp_N, reward_N),
-                num_tokens,
-                (micro_batch, detached),
+        def loss(
+            result: PolicyGradient,
+        ) -> tuple[Tensor, Tensor, tuple[MicroBatch, PolicyGradient]]:
+            num_tokens = torch.tensor(
+                len(result.logp_N), dtype=torch.int, device=result.logp_N.device
             )
+            return result.loss, num_tokens, (micro_batch, result)
 
         return output, loss
 
     def _collect(
         self,
-        results: list[tuple[MicroBatch, TokenLogprobs]],
+        results: list[tuple[MicroBatch, PolicyGradient]],
         rows: Tensor,
         shape: torch.Size,
     ) -> tuple[Tensor, Tensor]:
         """Return log-probs and entropies of the whole batch, on every rank."""
         both = torch.zeros(2, *shape)
-        for micro_batch, scores in results:
-            micro_batch.put(both[0], scores.logp_N)
-            micro_batch.put(both[1], scores.entropy_N)
+        for micro_batch, result in results:
+            micro_batch.put(both[0], result.logp_N)
+            micro_batch.put(both[1], result.entropy_N)
         shared = share_rows(
             both[:, rows].transpose(0, 1),
             rows,

@@ -6,8 +6,8 @@ Shapes: B sequences, T tokens.
 import torch
 from torch import Tensor
 
-from poweropd_megatron.config.schema import TeacherConfig
-from poweropd_megatron.models.build import build_model
+from poweropd_megatron.config.schema import DType, TeacherConfig
+from poweropd_megatron.models.build import TORCH_DTYPES, build_model
 from poweropd_megatron.models.qwen3 import Qwen3Config
 from poweropd_megatron.models.scoring import score_chosen
 from poweropd_megatron.objectives.labels import Labels
@@ -21,9 +21,12 @@ from poweropd_megatron.train.microbatches import plan
 class Teacher:
     """A Qwen3 in its own layout that only scores: no gradients, no optimizer."""
 
-    def __init__(self, config: TeacherConfig, model: Qwen3Config, layout: Layout) -> None:
+    def __init__(
+        self, config: TeacherConfig, model: Qwen3Config, layout: Layout, *, logits_dtype: DType
+    ) -> None:
         """Load the teacher's shards. Raises: InputError if the folder's tensors don't fit."""
         self._config = config
+        self._logits_dtype = TORCH_DTYPES[logits_dtype]
         self._vocab_size = model.vocab_size
         self._layout = layout
         [self._chunk] = build_model(
@@ -50,7 +53,7 @@ class Teacher:
             micro_batch_size=self._config.micro_batch_size,
         )
         for micro_batch in micro_batches:
-            scores = forward_stage(
+            logp_N = forward_stage(
                 self._chunk,
                 layout,
                 micro_batch.token_ids_bS,
@@ -59,11 +62,12 @@ class Teacher:
                     labels.teacher_BT,
                     vocab_size=self._vocab_size,
                     tp_group=layout.groups.tp,
+                    logits_dtype=self._logits_dtype,
                     device=layout.device,
                 ),
             )
-            if scores is not None:
-                micro_batch.put(logp_BT, scores.logp_N)
+            if logp_N is not None:
+                micro_batch.put(logp_BT, logp_N)
         return share_rows(
             logp_BT[rows],
             rows,

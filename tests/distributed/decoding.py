@@ -59,6 +59,7 @@ def decode_on_ranks(
         stop_token_ids=STOP_TOKENS,
         micro_batch_size=2,
         seed=SEED,
+        logits_dtype=torch.float32,
     )
     return [
         engine.generate(PROMPTS[:num_prompts], sampling, stream=STREAM, weight_version=0)

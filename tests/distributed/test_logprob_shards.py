@@ -154,7 +154,9 @@ def test_shards_agree_exactly_and_padding_gets_no_gradient(
 def test_a_target_outside_the_vocabulary_is_refused_even_where_there_is_padding(
     ranks: RankPool,
 ) -> None:
-    with pytest.raises(RankError, match=r"targets must lie in \[0, 9\), got 9 to 9"):
+    with pytest.raises(
+        RankError, match=r"targets_N must lie in \[0, 9\) or be -100, got 9 in row 0"
+    ):
         ranks.run(score_a_padding_column, world_size=2)
 
 

@@ -149,7 +149,9 @@ def build_models(
     return Models(
         student=Student(config, student_model, layout),
         student_model=student_model,
-        teacher=Teacher(config.teacher, teacher_model, teacher_layout(row.teacher, layout)),
+        teacher=Teacher(
+            config.teacher, teacher_model, teacher_layout(row.teacher, layout), logits_dtype="fp32"
+        ),
         trajectories=trajectories,
         labels=fixed_labels(trajectories),
     )
@@ -197,6 +199,7 @@ def _roll_out(student: Student) -> None:
         stop_token_ids=[],
         micro_batch_size=2,
         seed=1,
+        logits_dtype=torch.float32,
     )
     engine.generate(
         [[1, 2, 3], [4], [5, 6]], Sampling(max_new_tokens=3), stream=(0,), weight_version=0

@@ -140,7 +140,11 @@ def test_a_file_value_is_never_converted_except_int_to_float(tmp_path):
         ("data.train_files", "a", 'data.train_files must be a list of strings such as ["a", "b"]'),
         ("data.train_files", ["a", 1], "not ['a', 1]"),
         ("data.chat_template_kwargs", "a", "data.chat_template_kwargs must be a table"),
-        ("objective.kind", "kl", "objective.kind must be one of 'power', 'log_ratio', not 'kl'"),
+        (
+            "objective.head",
+            "wide",
+            "objective.head must be one of 'fused', 'recompute', 'materialized', not 'wide'",
+        ),
         ("optimizer", 3, "optimizer is a table of settings: give them one by one"),
     ],
 )

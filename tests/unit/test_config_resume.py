@@ -22,6 +22,7 @@ MAY_CHANGE = [
     "teacher.parallel.sequence_parallel",
     "teacher.micro_batch_size",
     "rollout.micro_batch_size",
+    "objective.head",
     "eval.interval",
     "checkpoint.interval",
     "checkpoint.keep_last",

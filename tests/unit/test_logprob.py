@@ -176,13 +176,20 @@ def test_the_logits_are_left_as_they_were_and_a_second_backward_agrees(logprob: 
     assert torch.equal(first, second)
 
 
-def test_strided_logits_and_gradients_give_the_same(logprob: Logprob) -> None:
+def test_rows_apart_and_strided_gradients_give_the_same(logprob: Logprob) -> None:
     logits, targets, _ = batch(10, 30)
-    strided = torch.stack([logits, logits + 1], dim=-1)[..., 0].requires_grad_()
+    apart = torch.cat([logits, logits + 1], dim=1)[:, :30].requires_grad_()
     logits.requires_grad_()
-    logprob(strided, targets).logp_N.sum().backward()
+    logprob(apart, targets).logp_N.sum().backward()
     logprob(logits, targets).logp_N.backward(torch.ones(10))
-    assert torch.equal(strided.grad, logits.grad)
+    assert torch.equal(apart.grad, logits.grad)
+
+
+def test_logits_with_a_stride_along_the_columns_are_refused(logprob: Logprob) -> None:
+    logits, targets, _ = batch(10, 30)
+    strided = torch.stack([logits, logits + 1], dim=-1)[..., 0]
+    with pytest.raises(ValueError, match="logits_NVp must have stride 1 along the columns, got 2"):
+        logprob(strided, targets)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -206,9 +213,9 @@ def test_the_entropy_of_equal_logits_is_that_of_the_uniform_distribution(logprob
 @pytest.mark.parametrize(
     ("targets", "message"),
     [
-        ([0, 5], r"targets must lie in \[0, 5\), got 0 to 5"),
-        ([-1, 4], r"targets must lie in \[0, 5\), got -1 to 4"),
-        ([0, 1, 2], r"got \(2, 6\) and \(3,\)"),
+        ([0, 5], r"targets_N must lie in \[0, 5\) or be -100, got 5 in row 1"),
+        ([-1, 4], r"targets_N must lie in \[0, 5\) or be -100, got -1 in row 0"),
+        ([0, 1, 2], r"targets_N must be \[2\] int64, got \(3,\) torch.int64"),
     ],
 )
 def test_targets_outside_the_vocabulary_or_of_another_shape_are_refused(
@@ -219,5 +226,5 @@ def test_targets_outside_the_vocabulary_or_of_another_shape_are_refused(
 
 
 def test_logits_that_are_no_matrix_are_refused(logprob: Logprob) -> None:
-    with pytest.raises(ValueError, match=r"expected logits \[N, Vp\]"):
+    with pytest.raises(ValueError, match=r"logits_NVp must be \[N, Vp\], got \(2, 3, 6\)"):
         logprob(torch.zeros(2, 3, 6), torch.zeros(2, dtype=torch.int64))

@@ -244,7 +244,10 @@ def test_the_teacher_scores_its_labels_given_the_sampled_tokens(
 ) -> None:
     labels = label(trajectories, terminal, teacher_eos_id=TEACHER_EOS)
     teacher = Teacher(
-        small_run(folder).teacher, Qwen3Config.from_folder(folder, setting="teacher.path"), layout
+        small_run(folder).teacher,
+        Qwen3Config.from_folder(folder, setting="teacher.path"),
+        layout,
+        logits_dtype="fp32",
     )
     with torch.no_grad():
         logp_BTV = PlainQwen3.from_folder(folder).logprobs(trajectories.token_ids_BT)
@@ -262,7 +265,13 @@ def test_a_teacher_with_the_students_weights_gives_neither_reward_nor_gradient(
     student = make_student(student_folder, layout, micro_batch_size=4, clip_grad=1.0)
     model = Qwen3Config.from_folder(student_folder, setting="student.path")
     engine = MegatronRolloutEngine(
-        student.chunk, layout, vocab_size=24, stop_token_ids=[EOS], micro_batch_size=8, seed=1
+        student.chunk,
+        layout,
+        vocab_size=24,
+        stop_token_ids=[EOS],
+        micro_batch_size=8,
+        seed=1,
+        logits_dtype=torch.float32,
     )
     prompts = [[4 + i, 13, 5, 13, 6 + i % 3, 14] for i in range(8)]
     rolled = engine.generate(prompts, Sampling(max_new_tokens=32), stream=(0, 0), weight_version=0)
@@ -270,7 +279,9 @@ def test_a_teacher_with_the_students_weights_gives_neither_reward_nor_gradient(
     reward = build_reward(objective)
     norms = {}
     for name, folder in (("same", student_folder), ("other", teacher_folder)):
-        teacher_logp_BT = Teacher(small_run(folder).teacher, model, layout).score(rolled, labels)
+        teacher_logp_BT = Teacher(
+            small_run(folder).teacher, model, layout, logits_dtype="fp32"
+        ).score(rolled, labels)
         outcome = student.update(rolled, labels, teacher_logp_BT, reward)
         norms[name] = outcome.grad_norm
         if name == "same":

@@ -66,6 +66,7 @@ def generate(
         stop_token_ids=stop,
         micro_batch_size=micro_batch_size,
         seed=SEED,
+        logits_dtype=torch.float32,
     )
     return engine.generate(prompts, sampling, stream=stream, weight_version=4)
 
@@ -205,7 +206,7 @@ def test_behaviour_log_probs_are_those_that_scoring_gives(
         path=str(student_folder), dtype="fp32", micro_batch_size=3, parallel=ParallelConfig()
     )
     labels = label(trajectories, "raw", teacher_eos_id=EOS)
-    scored = Teacher(config, model, layout).score(trajectories, labels)
+    scored = Teacher(config, model, layout, logits_dtype="fp32").score(trajectories, labels)
     torch.testing.assert_close(scored, trajectories.behaviour_logp_BT, rtol=0, atol=1e-5)
     assert not scored[~labels.mask_BT].any()
 
@@ -267,7 +268,7 @@ def test_bf16_rollouts_agree_with_bf16_scoring(
     trajectories = generate(half, layout, prompts, RANDOM)
     labels = label(trajectories, "raw", teacher_eos_id=EOS)
     config = TeacherConfig(path=str(student_folder), dtype="bf16", parallel=ParallelConfig())
-    scored = Teacher(config, model, layout).score(trajectories, labels)
+    scored = Teacher(config, model, layout, logits_dtype="fp32").score(trajectories, labels)
     difference = (scored - trajectories.behaviour_logp_BT)[labels.mask_BT].abs()
     assert difference.mean() < 0.02
     assert difference.max() < 0.3
