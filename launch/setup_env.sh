@@ -10,9 +10,11 @@
 # POWEROPD_VENV       where the environment is made (default: .venv in the checkout)
 # POWEROPD_EXTRAS     optional dependencies of pyproject.toml, such as "test,lint"
 # POWEROPD_INDEX_URL  package index that pip is given; pip's own configuration holds in any case
+# POWEROPD_CUDA       auto, 0 or 1: whether the CUDA kernels are compiled (see setup.py)
 #
 # An active environment or a container's python3 that has everything pyproject.toml asks for is used
-# as it is. The result is POWEROPD_PYTHON and, for a Python that isn't ours, PYTHONPATH.
+# as it is; only the kernels are compiled, into the checkout. Where they can't be, plain torch takes
+# their place. The result is POWEROPD_PYTHON and, for a Python that isn't ours, PYTHONPATH.
 
 if [[ ${BASH_SOURCE[0]} != "$0" ]]; then
     poweropd_environment=$(bash "${BASH_SOURCE[0]}") && eval "$poweropd_environment"
@@ -82,9 +84,15 @@ sys.exit(", ".join(missing) or 0)
 PYTHON
 }
 
+kernel_sources() { cat "$repo/setup.py" "$repo"/csrc/*.h "$repo"/csrc/*/*; }
+
 fingerprint() {
-    { cat "$repo/constraints.txt" "$repo/pyproject.toml"; echo "$repo"; "$venv/bin/python" -VV; } |
-        cksum
+    {
+        cat "$repo/constraints.txt" "$repo/pyproject.toml"
+        kernel_sources
+        echo "$repo"
+        "$venv/bin/python" -VV
+    } | cksum
 }
 
 # The stamp is written last: a hash on its first line, the installed extras on its second.
@@ -97,10 +105,35 @@ is_current() {
     done
 }
 
+# Compiles the kernels for a Python that isn't ours, unless that was done, or only looked for.
+compile_kernels() {
+    local stamp=$repo/build/kernels.stamp key
+    [[ $mode != --find ]] || return 0
+    key=$(
+        kernel_sources | cksum
+        "$1" -c 'import sys; from importlib.metadata import version; print(sys.version, version("torch"))'
+    )
+    [[ ! -e $stamp || $(<"$stamp") != "$key" ]] || return 0
+    if ! mkdir -p -- "$repo/build" 2>/dev/null || [[ ! -w $repo/build ]]; then
+        say "the kernels aren't compiled: $repo can't be written to"
+        return 0
+    fi
+    log=$repo/build/setup.log
+    : >"$log"
+    cd -- "$repo"
+    if attempt "compiling the kernels for $1 (log: $log)" "$1" setup.py build_ext --inplace; then
+        printf '%s\n' "$key" >"$stamp"
+        say "$(cat build/extension.txt)"
+    else
+        say "they could not be compiled, so plain torch is used; see $log"
+    fi
+}
+
 use_chosen_python() {
     local missing
     missing=$(has_packages "$POWEROPD_PYTHON") ||
         fail "POWEROPD_PYTHON=$POWEROPD_PYTHON lacks ${missing:-everything: it does not run}; install that there, or unset POWEROPD_PYTHON"
+    compile_kernels "$POWEROPD_PYTHON"
     publish "$POWEROPD_PYTHON"
 }
 
@@ -111,6 +144,7 @@ use_active_environment() {
         [[ ! -e $lock || ! $prefix -ef $venv ]] || continue
         if missing=$(has_packages "$prefix/bin/python"); then
             say "using the active environment $prefix"
+            compile_kernels "$prefix/bin/python"
             publish "$prefix/bin/python"
         fi
         say "the active environment $prefix is not used: it lacks $missing"
@@ -122,6 +156,7 @@ use_python_on_path() {
     python=$(type -P python3) || return 0
     if has_packages "$python" >/dev/null; then
         say "using $python, which has every package"
+        compile_kernels "$python"
         publish "$python"
     fi
 }
@@ -170,7 +205,7 @@ ${tried:-  nothing: PATH has no python, and neither pyenv nor uv has one
   dnf install python3.12                 (Fedora, RHEL 9 or later)"
 }
 
-# step <what> <command...>: run a command as a process group, which a signal to this script ends.
+# attempt <what> <command...>: run a command as a process group, which a signal to this script ends.
 child=
 interrupt() {
     [[ -z $child ]] || kill -- "-$child" 2>/dev/null
@@ -179,7 +214,7 @@ interrupt() {
 }
 trap 'interrupt 130' INT
 trap 'interrupt 143' TERM
-step() {
+attempt() {
     local status=0
     say "$1"
     shift
@@ -189,6 +224,12 @@ step() {
     set +m
     wait "$child" || status=$?
     child=
+    return "$status"
+}
+
+step() {
+    local status=0
+    attempt "$@" || status=$?
     if ((status)); then
         tail -n 25 "$log" >&2
         fail "failed with exit code $status; the whole log is $log" 1
@@ -210,22 +251,25 @@ install() {
     fi
     rm -f "$stamp"
     extras=$(tr ',' '\n' <<<"$installed,$extras" | sed '/^$/d' | sort -u | paste -sd, -)
-    step "installing setuptools" "${pip[@]}" setuptools
+    step "installing torch and build tools (some GB and minutes the first time; log: $log)" \
+        "${pip[@]}" setuptools ninja torch numpy
     cd -- "$repo"
-    step "installing the pinned packages (some GB and minutes the first time; log: $log)" \
+    step "compiling the kernels and installing the other pinned packages" \
         "${pip[@]}" --no-build-isolation --editable ".${extras:+[$extras]}"
+    [[ ! -e build/extension.txt ]] || say "$(cat build/extension.txt)"
     printf '%s\n' "$(fingerprint)" "$extras" >"$stamp.new"
     mv -- "$stamp.new" "$stamp"
     say "$venv is ready"
 }
 
+mode=${1:-}
 if [[ -n ${POWEROPD_PYTHON:-} && $POWEROPD_PYTHON != "$venv/bin/python" ]]; then
-    [[ ${1:-} != --find ]] || publish "$POWEROPD_PYTHON"
+    [[ $mode != --find ]] || publish "$POWEROPD_PYTHON"
     use_chosen_python
 fi
 use_active_environment
 is_current && publish "$venv/bin/python"
-if [[ ${1:-} == --find && -e $stamp ]]; then
+if [[ $mode == --find && -e $stamp ]]; then
     say "constraints.txt, pyproject.toml or the checkout's place changed since $venv was made: launch/setup_env.sh updates it"
     publish "$venv/bin/python"
 fi
@@ -234,7 +278,7 @@ if [[ ! -e $lock && -x $venv/bin/python ]] && has_packages "$venv/bin/python" >/
     publish "$venv/bin/python"
 fi
 use_python_on_path
-if [[ ${1:-} == --find ]]; then
+if [[ $mode == --find ]]; then
     fail "no environment with the project's packages was found: run 'bash $repo/launch/setup_env.sh' first, or set POWEROPD_PYTHON"
 fi
 

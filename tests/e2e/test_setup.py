@@ -31,6 +31,13 @@ case "$*" in
 esac
 """
 
+BUILD = """import os, pathlib, sys
+with open(os.environ["CALLS"], "a") as calls:
+    print(*sys.argv, file=calls)
+pathlib.Path("build", "extension.txt").write_text("CPU kernels, said setup.py\\n")
+sys.exit(int(os.environ.get("BUILD_EXIT", "0")))
+"""
+
 TOO_OLD = "#!/bin/bash\ncat >/dev/null; echo is too old; [[ $# == 1 ]]\n"
 
 
@@ -87,6 +94,10 @@ def checkout(tmp_path: Path) -> Checkout:
     shutil.copy(REPO / "launch" / "setup_env.sh", checkout.root / "launch")
     for name in ("constraints.txt", "pyproject.toml"):
         shutil.copy(REPO / name, checkout.root)
+    (checkout.root / "setup.py").write_text(BUILD)
+    (checkout.root / "csrc" / "cpu").mkdir(parents=True)
+    for name in ("numerics.h", "cpu/module.cpp"):
+        shutil.copy(REPO / "csrc" / name, checkout.root / "csrc" / name)
     for tool in TOOLS:
         if path := shutil.which(tool):
             (checkout.bin / tool).symlink_to(path)
@@ -127,7 +138,7 @@ def test_a_second_run_installs_nothing(checkout_with_python):
     first, stderr = checkout_with_python.setup()
     assert first.startswith("export POWEROPD_PYTHON=")
     assert "PYTHONPATH" not in first
-    assert "installing the pinned packages" in stderr
+    assert "installing the other pinned packages" in stderr
     calls = checkout_with_python.calls
     assert calls.count("venv") == 1
     assert "--no-build-isolation --editable ." in calls[-2]
@@ -139,8 +150,11 @@ def test_a_second_run_installs_nothing(checkout_with_python):
     assert checkout_with_python.calls == calls
 
 
-@pytest.mark.parametrize("name", ["constraints.txt", "pyproject.toml"])
-def test_a_changed_pin_is_installed_into_the_same_environment(checkout_with_python, name):
+@pytest.mark.parametrize(
+    "name",
+    ["constraints.txt", "pyproject.toml", "setup.py", "csrc/numerics.h", "csrc/cpu/module.cpp"],
+)
+def test_a_changed_pin_or_kernel_is_installed_into_the_same_environment(checkout_with_python, name):
     checkout_with_python.setup()
     with (checkout_with_python.root / name).open("a") as file:
         file.write("# changed\n")
@@ -215,6 +229,28 @@ def test_an_active_environment_with_every_package_is_used_as_it_is(checkout, var
         "export PYTHONPATH=" + str(checkout.root).replace(" ", "\\ "),
     ]
     assert not (checkout.root / ".venv").exists()
+
+
+def test_the_kernels_are_compiled_once_for_an_active_environment(checkout):
+    _, stderr = checkout.setup(VIRTUAL_ENV=sys.prefix)
+    assert "CPU kernels, said setup.py" in stderr
+    checkout.setup(VIRTUAL_ENV=sys.prefix)
+    assert checkout.calls == ["setup.py build_ext --inplace"]
+    with (checkout.root / "csrc" / "numerics.h").open("a") as file:
+        file.write("// changed")
+    checkout.setup("--find", VIRTUAL_ENV=sys.prefix)
+    assert len(checkout.calls) == 1
+    checkout.setup(VIRTUAL_ENV=sys.prefix)
+    assert len(checkout.calls) == 2
+
+
+def test_kernels_that_do_not_compile_leave_plain_torch(checkout):
+    stdout, stderr = checkout.setup(VIRTUAL_ENV=sys.prefix, BUILD_EXIT="1")
+    assert "plain torch is used" in stderr
+    assert str(checkout.root / "build" / "setup.log") in stderr
+    assert stdout.startswith("export POWEROPD_PYTHON=")
+    checkout.setup(VIRTUAL_ENV=sys.prefix)
+    assert len(checkout.calls) == 2
 
 
 def test_an_active_environment_that_lacks_a_package_is_not_used(checkout_with_python):
