@@ -104,19 +104,23 @@ def launch(arguments: Sequence[str], *, world_size: int) -> Ended:
     return Ended(codes=[done.returncode], stdout=done.stdout, stderr=done.stderr)
 
 
-def train(arguments: Sequence[str], *, world_size: int = 1) -> Ended:
+def train(arguments: Sequence[str], *, world_size: int = 1, **environment: str) -> Ended:
     """Return a run of forked ranks after its end."""
-    with ForkedRun(arguments, world_size=world_size) as run:
+    with ForkedRun(arguments, world_size=world_size, **environment) as run:
         return run.wait()
 
 
 class ForkedRun:
     """`poweropd train` on ranks that run now; leaving the block ends them."""
 
-    def __init__(self, arguments: Sequence[str], *, world_size: int = 1) -> None:
-        """Start the ranks."""
+    def __init__(
+        self, arguments: Sequence[str], *, world_size: int = 1, **environment: str
+    ) -> None:
+        """Start the ranks, with these variables in their environment."""
         self._logs = Path(tempfile.mkdtemp(prefix="ranks-"))
-        self._ranks = fork(_train, list(arguments), world_size=world_size, logs=self._logs)
+        self._ranks = fork(
+            _train, list(arguments), world_size=world_size, logs=self._logs, **environment
+        )
 
     def __enter__(self) -> Self:
         return self
@@ -162,13 +166,13 @@ class ForkedRun:
 
 
 def fork(
-    target: Callable[..., Any], *args: Any, world_size: int, logs: Path
+    target: Callable[..., Any], *args: Any, world_size: int, logs: Path, **environment: str
 ) -> Sequence[BaseProcess]:
     """Return processes that call target(*args) as the ranks of a job, writing logs/RANK.{out,err}.
 
     The target must be importable by its name, the arguments picklable.
     """
-    environment = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1"}
+    environment |= {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1"}
     environment["MASTER_PORT"] = str(_free_port()) if world_size > 1 else "0"
     ranks = []
     for rank in range(world_size):

@@ -4,65 +4,13 @@ Shapes: N tokens (rows), V vocabulary, Vp columns of a shard, R shards, 4 a shar
 """
 
 import math
-from typing import Protocol
 
 import torch
 from support.row_cases import IGNORED, Case, Rows, Shard, cut, make_rows
 from torch import Tensor
 
-
-class Combined(Protocol):
-    """One softmax of each row; entropy_N is None where it wasn't asked for."""
-
-    logp_N: Tensor
-    entropy_N: Tensor | None
-    maximum_N: Tensor
-    inverse_sum_N: Tensor
-
-
-class RowBackend(Protocol):
-    """The row operations; the columns of a shard from vocab_size on are padding."""
-
-    def row_stats(
-        self,
-        logits_NVp: Tensor,
-        targets_N: Tensor,
-        *,
-        first_column: int,
-        vocab_size: int,
-        with_entropy: bool = True,
-        stats_N4: Tensor | None = None,
-    ) -> Tensor:
-        """Return {maximum, sum, target's logit, weighted sum}, added to stats_N4 if it is given."""
-
-    def combine(
-        self, stats_RN4: Tensor, targets_N: Tensor, *, with_entropy: bool = True
-    ) -> Combined:
-        """Return one softmax of the states of all shards."""
-
-    def token_reward(
-        self,
-        kind: str,
-        teacher_logp_N: Tensor,
-        student_logp_N: Tensor,
-        *,
-        a: float = 0.0,
-        b: float = 0.0,
-    ) -> Tensor:
-        """Return the reward of each token."""
-
-    def row_grad_(
-        self,
-        logits_NVp: Tensor,
-        targets_N: Tensor,
-        *,
-        maximum_N: Tensor,
-        inverse_sum_N: Tensor,
-        grad_N: Tensor,
-        first_column: int,
-        vocab_size: int,
-    ) -> None:
-        """Overwrite the logits with their gradient."""
+from poweropd_megatron.ops.backends import RowKernels as RowBackend
+from poweropd_megatron.ops.backends import Softmaxes
 
 
 def assert_within(actual: Tensor, expected: Tensor, allowed: Tensor | float, what: str) -> None:
@@ -180,7 +128,7 @@ def _check_stats(stats_N4: Tensor, shard: Shard, targets_N: Tensor) -> None:
     assert_within(weighted_N[finite_N], products_NV.sum(1), allowed_N, "weighted sum")
 
 
-def _check_log_probs(combined: Combined, rows: Rows, *, entropies: bool) -> None:
+def _check_log_probs(combined: Softmaxes, rows: Rows, *, entropies: bool) -> None:
     logp_NV = torch.log_softmax(rows.logits_NV.double(), 1)
     ignored_N = rows.targets_N == IGNORED
     logp_N = logp_NV.gather(1, rows.targets_N.clamp(min=0)[:, None])[:, 0]
@@ -200,7 +148,7 @@ def _check_log_probs(combined: Combined, rows: Rows, *, entropies: bool) -> None
 
 
 def _run_row_grad(
-    backend: RowBackend, case: Case, shards: list[Shard], rows: Rows, combined: Combined
+    backend: RowBackend, case: Case, shards: list[Shard], rows: Rows, combined: Softmaxes
 ) -> None:
     """Rows without a gradient are made NaN before, since they must not be read."""
     for shard in shards:
