@@ -33,6 +33,9 @@ CHANGEABLE_ON_RESUME = (
 )
 """Settings that leave the training of a resumed run as it was; the others are frozen."""
 
+FP32_RANGE = (1.2e-38, 3.4e38)
+"""Of the parameters of rewards, which are computed in fp32."""
+
 
 def check(config: TrainConfig, world_size: int | None = None) -> None:
     """Return if the settings can work together, on world_size ranks where that is known.
@@ -115,11 +118,14 @@ def _effective(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_objective(objective: ObjectiveConfig) -> None:
-    if objective.kind in ("power", "box_cox") and not 0 < objective.alpha < math.inf:
+    smallest, largest = FP32_RANGE
+    if objective.kind in ("power", "box_cox") and not smallest <= objective.alpha <= largest:
         raise ConfigError(
-            f"objective.alpha must be > 0 and finite, not {objective.alpha}; "
+            f"objective.alpha must be > 0 and finite in fp32, not {objective.alpha}; "
             "for the log-ratio limit set objective.kind = 'log_ratio'"
         )
+    if objective.kind == "tanh" and not smallest <= objective.tau <= largest:
+        raise ConfigError(f"objective.tau must be > 0 and finite in fp32, not {objective.tau}")
 
 
 def _check_logits(config: TrainConfig) -> None:

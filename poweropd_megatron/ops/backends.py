@@ -82,13 +82,18 @@ def kernels_for(tensor: Tensor) -> RowKernels:
 
     Raises: ValueError if POWEROPD_OPS is set to anything but torch.
     """
-    override = os.environ.get(OVERRIDE)
-    if override not in (None, "torch"):
-        raise ValueError(f"{OVERRIDE}={override}: expected torch, or leave it unset")
-    found = None if override else compiled(tensor.device.type)
+    found = None if reference_is_asked_for() else compiled(tensor.device.type)
     if isinstance(found, str) or found is None:
         return importlib.import_module("poweropd_megatron.ops.torch_rows")
     return found
+
+
+def reference_is_asked_for() -> bool:
+    """Return whether POWEROPD_OPS is torch. Raises: ValueError if it is anything else."""
+    override = os.environ.get(OVERRIDE, "")
+    if override not in ("", "torch"):
+        raise ValueError(f"{OVERRIDE}={override}: expected torch, or leave it unset")
+    return bool(override)
 
 
 @functools.cache
@@ -106,9 +111,9 @@ def compiled(device_type: str) -> "RowKernels | str":
 
 
 def describe(device: torch.device) -> tuple[bool, str]:
-    """Return whether the compiled kernels are used on a device, and a line for the log."""
-    if os.environ.get(OVERRIDE):
-        return True, f"kernels: plain torch, as {OVERRIDE}={os.environ[OVERRIDE]} asks"
+    """Return whether the kernels are those to expect on a device, and a line for the log."""
+    if reference_is_asked_for():
+        return True, f"kernels: plain torch, as {OVERRIDE}=torch asks"
     found = compiled(device.type)
     if isinstance(found, str):
         return False, (

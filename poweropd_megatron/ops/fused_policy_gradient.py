@@ -58,11 +58,7 @@ def fused_policy_gradient(
     Raises: ValueError naming the tensor that doesn't fit.
     """
     head.check(hidden_NH, targets_N)
-    if teacher_logp_N.shape != targets_N.shape or teacher_logp_N.dtype != torch.float32:
-        raise ValueError(
-            f"teacher_logp_N must be [{len(targets_N)}] fp32, got {tuple(teacher_logp_N.shape)} "
-            f"{teacher_logp_N.dtype}"
-        )
+    _check_fp32("teacher_logp_N", teacher_logp_N, like=targets_N)
     with_gradient = torch.is_grad_enabled() and (
         hidden_NH.requires_grad or head.weight_VpH.requires_grad
     )
@@ -101,6 +97,7 @@ class _GradientInForward(torch.autograd.Function):
             )
             softmax = combine_over_ranks(stats, targets, head.tp_group, with_entropy=True)
             reward_n = reward(teacher_logp_N[rows], softmax.logp_N)
+            _check_fp32("what reward returns", reward_n, like=targets)
             reward_n = torch.where(targets == IGNORED_TARGET, 0.0, reward_n)
             loss += policy_gradient_loss(softmax.logp_N, reward_n)
             assert softmax.entropy_N is not None
@@ -116,11 +113,12 @@ class _GradientInForward(torch.autograd.Function):
                 first_column=head.first_column,
                 vocab_size=head.vocab_size,
             )
-            for tile in column_tiles(len(weight_VpH), rows):
+            for tile in column_tiles(weight_VpH, rows):
                 grads.add(rows, tile, logits[:, tile])
         ctx.mark_non_differentiable(logp_N, entropy_N)
         if grads is not None:
             ctx.weight_is_done = grads.adds_to_main_grad
+            ctx.is_differentiated = False
             ctx.save_for_backward(grads.hidden(), grads.weight())
         return loss, logp_N, entropy_N
 
@@ -129,6 +127,12 @@ class _GradientInForward(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden_NH, grad_weight_VpH = ctx.saved_tensors
         if ctx.weight_is_done:
+            if ctx.is_differentiated:
+                raise RuntimeError(
+                    "the weight's gradient went to main_grad once: the loss can't be "
+                    "differentiated a second time"
+                )
+            ctx.is_differentiated = True
             torch._assert_async(
                 grad_loss == 1, "the weight's gradient is in main_grad: the loss can't be scaled"
             )
@@ -147,6 +151,15 @@ def _logit_chunks(hidden_NH: Tensor, head: LMHead) -> Iterator[tuple[slice, Tens
     for begin in range(0, len(hidden_NH), max(1, size)):
         rows = slice(begin, min(begin + size, len(hidden_NH)))
         logits = buffer[: rows.stop - rows.start]
-        for columns in column_tiles(len(weight_VpH), rows):
+        for columns in column_tiles(weight_VpH, rows):
             product(hidden_NH[rows], weight_VpH[columns].t(), out=logits[:, columns])
         yield rows, logits
+
+
+def _check_fp32(name: str, values_N: Tensor, *, like: Tensor) -> None:
+    if values_N.shape != like.shape or values_N.dtype != torch.float32:
+        raise ValueError(
+            f"{name} must be [{len(like)}] fp32, got {tuple(values_N.shape)} {values_N.dtype}"
+        )
+    if values_N.device != like.device:
+        raise ValueError(f"{name} is on {values_N.device}, expected {like.device}")

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from poweropd_megatron.ops.matmul import add_product_, product
-from poweropd_megatron.ops.rows import LOGIT_DTYPES, check_targets
+from poweropd_megatron.ops.rows import LOGIT_DTYPES, check_shards, check_targets
 
 TILE_BYTES = 32 << 20
 """Logits, in fp32, of a tile: they stay in a large GPU's cache."""
@@ -57,6 +57,11 @@ class LMHead:
             raise ValueError(
                 f"logits_dtype must be fp32 or the weight's {weight.dtype}, got {self.logits_dtype}"
             )
+        check_shards(
+            len(weight),
+            num_ranks=dist.get_world_size(self.tp_group),
+            vocab_size=self.vocab_size,
+        )
         check_targets(targets_N, len(hidden_NH), hidden_NH.device, vocab_size=self.vocab_size)
 
 
@@ -66,6 +71,8 @@ class Gradients:
     def __init__(self, hidden_NH: Tensor, weight_VpH: Tensor) -> None:
         self._hidden_NH, self._weight_VpH = hidden_NH, weight_VpH
         main_grad: Tensor | None = getattr(weight_VpH, "main_grad", None)
+        if not weight_VpH.requires_grad:
+            main_grad = None
         self.adds_to_main_grad = main_grad is not None and main_grad.dtype == torch.float32
         if main_grad is None or not self.adds_to_main_grad:
             main_grad = torch.zeros_like(weight_VpH, dtype=torch.float32)
@@ -90,7 +97,7 @@ def logit_tiles(hidden_NH: Tensor, head: LMHead) -> Iterator[tuple[slice, slice,
     """Yield (rows, columns, logits) over all tiles; each overwrites the one before."""
     weight_VpH = head.weight_VpH
     num_rows = min(len(hidden_NH), TILE_ROWS)
-    for columns in column_tiles(len(weight_VpH), slice(0, num_rows)):
+    for columns in column_tiles(weight_VpH, slice(0, num_rows)):
         weight = weight_VpH[columns]
         if weight.dtype != head.logits_dtype and not weight.is_cuda:
             weight = weight.to(head.logits_dtype)
@@ -103,9 +110,15 @@ def logit_tiles(hidden_NH: Tensor, head: LMHead) -> Iterator[tuple[slice, slice,
             yield rows, columns, logits
 
 
-def column_tiles(num_columns: int, rows: slice) -> Iterator[slice]:
-    """Yield slices of the columns whose logits for these rows take about TILE_BYTES in fp32."""
-    num_rows = max(1, rows.stop - rows.start)
-    width = max(1, TILE_BYTES // (4 * num_rows * _COLUMN_MULTIPLE)) * _COLUMN_MULTIPLE
+def column_tiles(weight_VpH: Tensor, rows: slice) -> Iterator[slice]:
+    """Yield slices of the columns whose logits for these rows take about TILE_BYTES in fp32.
+
+    So do their weights, where a CPU widens them: few rows would else widen all of the weight.
+    """
+    num_columns, hidden_size = weight_VpH.shape
+    height = max(1, rows.stop - rows.start)
+    if weight_VpH.dtype != torch.float32 and not weight_VpH.is_cuda:
+        height = max(height, hidden_size)
+    width = max(1, TILE_BYTES // (4 * height * _COLUMN_MULTIPLE)) * _COLUMN_MULTIPLE
     for begin in range(0, num_columns, width):
         yield slice(begin, min(begin + width, num_columns))

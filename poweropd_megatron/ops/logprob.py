@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from poweropd_megatron.ops.backends import IGNORED_TARGET, Softmaxes, kernels_for
-from poweropd_megatron.ops.rows import check_logits
+from poweropd_megatron.ops.rows import check_logits, check_shards
 
 
 class TokenLogprobs(NamedTuple):
@@ -44,8 +44,10 @@ def vocab_parallel_logprob(
     write backward, without a collective.
     Raises: ValueError naming the tensor that doesn't fit, or a target outside the vocabulary.
     """
-    first_column = dist.get_rank(tp_group) * logits_NVp.shape[-1]
+    num_columns = logits_NVp.shape[-1:].numel()
+    first_column = dist.get_rank(tp_group) * num_columns
     check_logits(logits_NVp, targets_N, first_column=first_column, vocab_size=vocab_size)
+    check_shards(num_columns, num_ranks=dist.get_world_size(tp_group), vocab_size=vocab_size)
     logp_N, entropy_N = _VocabParallelLogprob.apply(
         logits_NVp, targets_N.contiguous(), first_column, vocab_size, tp_group, inplace_backward
     )

@@ -1,7 +1,5 @@
 """Rewards that depend on one token's two log-probs alone."""
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -9,6 +7,8 @@ from poweropd_megatron.ops.backends import kernels_for
 
 REWARD_KINDS = ("power", "box_cox", "log_ratio", "clip", "tanh")
 """In the order of csrc/numerics.h."""
+_SMALLEST, _LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
+"""Of the numbers that the kernels, which take fp32, can divide by and multiply with."""
 
 
 def token_reward(
@@ -23,10 +23,12 @@ def token_reward(
     """
     if kind not in REWARD_KINDS:
         raise ValueError(f"kind must be one of {', '.join(REWARD_KINDS)}, got {kind!r}")
-    if kind in ("power", "box_cox") and not 0 < a < math.inf:
-        raise ValueError(f"alpha must be > 0, got {a}; for the limit 0 use log_ratio")
-    if kind == "tanh" and not 0 < a < math.inf:
-        raise ValueError(f"tau must be > 0 and finite, got {a}")
+    if kind in ("power", "box_cox") and not _SMALLEST <= a <= _LARGEST:
+        raise ValueError(
+            f"alpha must be > 0 and finite in fp32, got {a}; for the limit 0 use log_ratio"
+        )
+    if kind == "tanh" and not _SMALLEST <= a <= _LARGEST:
+        raise ValueError(f"tau must be > 0 and finite in fp32, got {a}")
     if kind == "clip" and not a <= b:
         raise ValueError(f"the bounds of clip must be ascending, got {a} and {b}")
     for name, logp in (("teacher_logp", teacher_logp), ("student_logp", student_logp)):

@@ -54,10 +54,11 @@ def combine(stats_RN4: Tensor, targets_N: Tensor, *, with_entropy: bool = True) 
     Every rank that gives the same states gets the same bits.
     Raises: ValueError naming the tensor that doesn't fit.
     """
-    if stats_RN4.dim() != 3:
-        raise ValueError(f"stats_RN4 must be [R, N, 4], got {tuple(stats_RN4.shape)}")
-    _check_targets(targets_N, len(targets_N), stats_RN4.device)
-    _check_fp32("stats_RN4", stats_RN4, (stats_RN4.shape[0], len(targets_N), 4), targets_N.device)
+    if stats_RN4.dim() != 3 or stats_RN4.shape[0] < 1:
+        raise ValueError(f"stats_RN4 must be [R, N, 4] with R >= 1, got {tuple(stats_RN4.shape)}")
+    num_ranks, num_rows, _ = stats_RN4.shape
+    _check_targets(targets_N, num_rows, stats_RN4.device)
+    _check_fp32("stats_RN4", stats_RN4, (num_ranks, num_rows, 4), targets_N.device)
     return kernels_for(stats_RN4).combine(
         stats_RN4, targets_N.contiguous(), with_entropy=with_entropy
     )
@@ -121,6 +122,15 @@ def check_logits(
     check_targets(targets_N, logits_NVp.shape[0], logits_NVp.device, vocab_size=vocab_size)
 
 
+def check_shards(num_columns: int, *, num_ranks: int, vocab_size: int) -> None:
+    """Return if the ranks' columns are at least the vocabulary. Raises: ValueError otherwise."""
+    if not 1 <= vocab_size <= num_ranks * num_columns:
+        raise ValueError(
+            f"vocab_size must be 1 to {num_ranks * num_columns}, which is {num_columns} columns on "
+            f"each of {num_ranks} ranks, got {vocab_size}"
+        )
+
+
 def check_targets(
     targets_N: Tensor, num_rows: int, device: torch.device, *, vocab_size: int
 ) -> None:
@@ -145,6 +155,8 @@ def _check_targets(targets_N: Tensor, num_rows: int, device: torch.device) -> No
         )
     if targets_N.device != device:
         raise ValueError(f"targets_N is on {targets_N.device}, expected {device}")
+    if targets_N.is_meta:
+        raise ValueError("targets_N is on meta, expected a device with memory")
 
 
 def _check_fp32(name: str, tensor: Tensor, shape: tuple[int, ...], device: torch.device) -> None:

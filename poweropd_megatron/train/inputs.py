@@ -14,6 +14,7 @@ from poweropd_megatron.errors import ConfigError, InputError
 from poweropd_megatron.models.hf_folder import HFFolder
 from poweropd_megatron.models.hf_weights import weights_of
 from poweropd_megatron.models.qwen3 import Qwen3Config
+from poweropd_megatron.ops.backends import reference_is_asked_for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,11 +34,12 @@ class RunInputs:
 def read_inputs(config: TrainConfig, *, world_size: int) -> RunInputs:
     """Return the inputs of a run.
 
-    Raises: ConfigError or InputError naming the setting: impossible layouts, folders that hold no
-    Qwen3, tokenizers that differ, bad prompt files, prompts and responses longer than a model's
-    positions.
+    Raises: ConfigError or InputError naming the setting: impossible layouts, kernels that don't
+    exist, folders that hold no Qwen3, tokenizers that differ, bad prompt files, prompts and
+    responses longer than a model's positions.
     """
     rules.check(config, world_size)
+    _check_kernels()
     _check_output_dir(config.output_dir)
     models = {}
     for name, part in (("student", config.student), ("teacher", config.teacher)):
@@ -87,6 +89,13 @@ def read_inputs(config: TrainConfig, *, world_size: int) -> RunInputs:
     )
     _check_lengths(config, inputs)
     return inputs
+
+
+def _check_kernels() -> None:
+    try:
+        reference_is_asked_for()
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
 def _check_output_dir(output_dir: str) -> None:

@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from plain_training import update_in_plain_torch
 from support.rank_pool import RankPool
 from torch import Tensor
 from training import (
@@ -11,7 +12,6 @@ from training import (
     Measured,
     Row,
     build_models,
-    update_in_plain_torch,
     update_on_ranks,
 )
 

@@ -1,9 +1,12 @@
 """Every parallel layout trains like plain fp64 torch: log-probs, loss, gradients, weights."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import pytest
 import torch
+from comparison import error, largest_error
+from layout_rows import ONE_PROCESS, parallel, row
+from plain_training import update_in_plain_torch
 from support.rank_pool import RankPool
 from torch import Tensor
 from training import (
@@ -13,45 +16,12 @@ from training import (
     Row,
     fixed_labels,
     fixed_trajectories,
-    update_in_plain_torch,
     update_on_ranks,
 )
-
-from poweropd_megatron.config.schema import ParallelConfig
 
 TOLERANCE = 1e-5
 """Norm of the difference over norm of the reference; fp32 rounding comes to 3e-6 here."""
 
-
-def parallel(tensor: int = 1, pipeline: int = 1, *, sequence: bool = False) -> ParallelConfig:
-    return ParallelConfig(
-        tensor_model_parallel_size=tensor,
-        pipeline_model_parallel_size=pipeline,
-        sequence_parallel=sequence,
-    )
-
-
-def row(
-    name: str,
-    world_size: int,
-    student: ParallelConfig,
-    teacher: ParallelConfig | None = None,
-    *,
-    micro_batch_size: int = 2,
-    use_distributed_optimizer: bool = True,
-) -> Row:
-    """Return a row whose teacher has the student's layout unless it is given its own."""
-    return Row(
-        name=name,
-        world_size=world_size,
-        student=student,
-        teacher=teacher or student,
-        micro_batch_size=micro_batch_size,
-        use_distributed_optimizer=use_distributed_optimizer,
-    )
-
-
-ONE_PROCESS = row("one-process", 1, parallel())
 ROWS = [
     ONE_PROCESS,
     row("TP2", 2, parallel(2)),
@@ -120,20 +90,6 @@ def run(layout: Row, embeddings: str, folders: dict[str, str], ranks: RankPool) 
         folders[f"teacher-{embeddings}"],
         world_size=layout.world_size,
     )
-
-
-def error(actual: Tensor, reference: Tensor) -> float:
-    """Return the norm of the difference over the norm of the reference."""
-    assert actual.shape == reference.shape
-    return float((actual.double() - reference.double()).norm() / reference.double().norm())
-
-
-def largest_error(
-    actual: Mapping[str, list[Tensor]], reference: Mapping[str, list[Tensor]]
-) -> tuple[float, str]:
-    """Return the largest error of a tensor, with its name."""
-    assert actual.keys() == reference.keys()
-    return max((error(actual[name][0], tensors[0]), name) for name, tensors in reference.items())
 
 
 def copies(measured: Measured) -> Iterator[tuple[str, Tensor, Tensor]]:

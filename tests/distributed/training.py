@@ -1,4 +1,4 @@
-"""Three updates of the tiny student on fixed trajectories: in a layout, and in plain fp64 torch.
+"""Three updates of the tiny student on fixed trajectories, in a layout.
 
 Shapes: B sequences, T tokens, U updates.
 """
@@ -6,19 +6,18 @@ Shapes: B sequences, T tokens, U updates.
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
 from support.made_trajectories import make
-from support.plain_qwen3 import PlainQwen3
 from torch import Tensor
 
 from poweropd_megatron.config.schema import (
     DataConfig,
     DType,
+    ObjectiveConfig,
     OptimizerConfig,
     ParallelConfig,
     StudentConfig,
@@ -63,6 +62,7 @@ class Row:
     teacher: ParallelConfig
     micro_batch_size: int = 2
     use_distributed_optimizer: bool = True
+    head: Literal["fused", "recompute", "materialized"] = "fused"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,6 +139,7 @@ def build_models(
         teacher=TeacherConfig(
             path=teacher_folder, dtype=dtype, parallel=row.teacher, micro_batch_size=2
         ),
+        objective=ObjectiveConfig(head=row.head),
         optimizer=replace(optimizer, use_distributed_optimizer=row.use_distributed_optimizer),
         data=DataConfig(train_files=["unused"]),
     )
@@ -206,53 +207,6 @@ def _roll_out(student: Student) -> None:
     )
 
 
-def update_in_plain_torch(student_folder: str, teacher_folder: str) -> Measured:
-    """Return what the updates come to without Megatron or this package's models, in fp64."""
-    student = PlainQwen3.from_folder(Path(student_folder))
-    teacher = PlainQwen3.from_folder(Path(teacher_folder))
-    weights = student.weights
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": [weight for weight in weights.values() if weight.dim() == 2]},
-            {"params": [w for w in weights.values() if w.dim() == 1], "weight_decay": 0.0},
-        ],
-        weight_decay=OPTIMIZER.weight_decay,
-        betas=(OPTIMIZER.adam_beta1, OPTIMIZER.adam_beta2),
-        eps=OPTIMIZER.adam_eps,
-    )
-    trajectories = fixed_trajectories()
-    labels = fixed_labels(trajectories)
-    ids_BT, mask_BT = trajectories.token_ids_BT, labels.mask_BT
-    with torch.no_grad():
-        teacher_logp_BT, _ = _score(teacher, ids_BT, labels.teacher_BT, mask_BT)
-    logps, entropies, losses, norms, gradients = [], [], [], [], {}
-    for update in range(NUM_UPDATES):
-        logp_BT, entropy_BT = _score(student, ids_BT, labels.student_BT, mask_BT)
-        reward_BT = teacher_logp_BT.exp() - logp_BT.detach().exp()
-        loss = -(reward_BT * logp_BT)[mask_BT].mean()
-        optimizer.zero_grad()
-        loss.backward()
-        gradients = gradients or {name: [weight.grad.clone()] for name, weight in weights.items()}
-        norms.append(torch.nn.utils.clip_grad_norm_(weights.values(), OPTIMIZER.clip_grad))
-        for group in optimizer.param_groups:
-            share = update / NUM_UPDATES
-            group["lr"] = (1 - share) * OPTIMIZER.lr + share * OPTIMIZER.min_lr
-        optimizer.step()
-        logps.append(logp_BT.detach())
-        entropies.append(entropy_BT.detach())
-        losses.append(loss.detach())
-    return Measured(
-        teacher_logp_BT=teacher_logp_BT,
-        logp_UBT=torch.stack(logps),
-        entropy_UBT=torch.stack(entropies),
-        loss_U=torch.stack(losses),
-        grad_norm_U=torch.stack(norms),
-        gradients=gradients,
-        weights={name: [weight.detach()] for name, weight in weights.items()},
-        padding=[],
-    )
-
-
 def whole_tensors(
     chunk: GPTModel, layout: Layout, model: Qwen3Config, value_of: Callable[[Any], Tensor]
 ) -> dict[str, list[Tensor]]:
@@ -285,17 +239,6 @@ def _gather_shares(ddp: Any, dp_group: dist.ProcessGroup) -> None:
         for bucket in buffer.buckets:
             shares = list(bucket.grad_data.chunk(dist.get_world_size(dp_group)))
             dist.all_gather(shares, shares[dist.get_rank(dp_group)].clone(), group=dp_group)
-
-
-def _score(
-    model: PlainQwen3, ids_BT: Tensor, labels_BT: Tensor, mask_BT: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return log-probs and entropies of the tokens in the loss, 0 elsewhere."""
-    logp_BTV = torch.nan_to_num(model.logprobs(ids_BT))
-    last = logp_BTV.shape[2] - 1
-    logp_BT = logp_BTV.gather(2, labels_BT.clamp(max=last)[:, :, None])[:, :, 0]
-    entropy_BT = -(logp_BTV.exp() * logp_BTV).sum(dim=2)
-    return torch.where(mask_BT, logp_BT, 0.0), torch.where(mask_BT, entropy_BT, 0.0)
 
 
 def _loss(logp_UBT: Tensor, teacher_logp_BT: Tensor, labels: Labels) -> Tensor:

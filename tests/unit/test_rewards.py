@@ -147,5 +147,5 @@ def test_the_settings_choose_the_reward_and_its_alpha() -> None:
 
 @pytest.mark.parametrize("alpha", [0.0, -1.0])
 def test_alpha_that_is_not_positive_is_refused(alpha: float) -> None:
-    with pytest.raises(ValueError, match=rf"alpha must be > 0, got {alpha}; .* use log_ratio"):
+    with pytest.raises(ValueError, match=rf"alpha must be > 0 .*, got {alpha}; .* use log_ratio"):
         power_reward(*tensors(-1.0, -2.0), alpha=alpha)

@@ -1,0 +1,36 @@
+"""Short ways to write a row of the table of layouts."""
+
+from training import Row
+
+from poweropd_megatron.config.schema import ParallelConfig
+
+
+def parallel(tensor: int = 1, pipeline: int = 1, *, sequence: bool = False) -> ParallelConfig:
+    return ParallelConfig(
+        tensor_model_parallel_size=tensor,
+        pipeline_model_parallel_size=pipeline,
+        sequence_parallel=sequence,
+    )
+
+
+def row(
+    name: str,
+    world_size: int,
+    student: ParallelConfig,
+    teacher: ParallelConfig | None = None,
+    *,
+    micro_batch_size: int = 2,
+    use_distributed_optimizer: bool = True,
+) -> Row:
+    """Return a row whose teacher has the student's layout unless it is given its own."""
+    return Row(
+        name=name,
+        world_size=world_size,
+        student=student,
+        teacher=teacher or student,
+        micro_batch_size=micro_batch_size,
+        use_distributed_optimizer=use_distributed_optimizer,
+    )
+
+
+ONE_PROCESS = row("one-process", 1, parallel())

@@ -1,0 +1,229 @@
+"""What the operations refuse: always a ValueError that names the tensor and what was expected."""
+
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from poweropd_megatron.ops.rewards import token_reward
+from poweropd_megatron.ops.rows import combine, row_grad_, row_stats
+
+ROWS, COLUMNS = 3, 5
+
+
+def rows(**changes: Any) -> dict[str, Any]:
+    """Return good arguments of row_stats, but for the changes."""
+    good = {
+        "logits_NVp": torch.zeros(ROWS, COLUMNS),
+        "targets_N": torch.tensor([0, 4, -100]),
+        "first_column": 0,
+        "vocab_size": COLUMNS,
+    }
+    return good | changes
+
+
+def scales(**changes: Any) -> dict[str, Any]:
+    """Return good arguments of row_grad_, but for the changes."""
+    names = ("maximum_N", "inverse_sum_N", "grad_N")
+    return rows(**{name: torch.ones(ROWS) for name in names} | changes)
+
+
+def refused(call: Callable[..., Any], arguments: dict[str, Any], *parts: str) -> None:
+    """Assert that the call raises ValueError with a message that has these parts, in order."""
+    with pytest.raises(ValueError, match="(?s)" + ".*".join(map(re.escape, parts))):
+        call(**arguments)
+
+
+BAD_ROWS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    "fp16": (
+        {"logits_NVp": torch.zeros(ROWS, COLUMNS, dtype=torch.float16)},
+        ("logits_NVp must be fp32 or bf16, got torch.float16",),
+    ),
+    "fp64": (
+        {"logits_NVp": torch.zeros(ROWS, COLUMNS, dtype=torch.float64)},
+        ("logits_NVp must be fp32 or bf16, got torch.float64",),
+    ),
+    "int": (
+        {"logits_NVp": torch.zeros(ROWS, COLUMNS, dtype=torch.int32)},
+        ("logits_NVp must be fp32 or bf16, got torch.int32",),
+    ),
+    "a vector": ({"logits_NVp": torch.zeros(ROWS)}, ("logits_NVp must be [N, Vp], got (3,)",)),
+    "a number": ({"logits_NVp": torch.zeros(())}, ("logits_NVp must be [N, Vp], got ()",)),
+    "strided columns": (
+        {"logits_NVp": torch.zeros(ROWS, 2 * COLUMNS)[:, ::2]},
+        ("logits_NVp must have stride 1 along the columns, got 2: call .contiguous() first",),
+    ),
+    "transposed": (
+        {"logits_NVp": torch.zeros(COLUMNS, ROWS).t()},
+        ("logits_NVp must have stride 1 along the columns, got 3",),
+    ),
+    "broadcast columns": (
+        {"logits_NVp": torch.zeros(ROWS, 1).expand(ROWS, COLUMNS)},
+        ("logits_NVp must have stride 1 along the columns, got 0",),
+    ),
+    "other rows": (
+        {"logits_NVp": torch.zeros(ROWS + 1, COLUMNS)},
+        ("targets_N must be [4] int64, got (3,) torch.int64",),
+    ),
+    "logits elsewhere": (
+        {"logits_NVp": torch.zeros(ROWS, COLUMNS, device="meta")},
+        ("targets_N is on cpu, expected meta",),
+    ),
+    "targets elsewhere": (
+        {"targets_N": torch.zeros(ROWS, dtype=torch.int64, device="meta")},
+        ("targets_N is on meta, expected cpu",),
+    ),
+    "all elsewhere": (
+        {
+            "logits_NVp": torch.zeros(ROWS, COLUMNS, device="meta"),
+            "targets_N": torch.zeros(ROWS, dtype=torch.int64, device="meta"),
+        },
+        ("targets_N is on meta, expected a device with memory",),
+    ),
+    "int32 targets": (
+        {"targets_N": torch.zeros(ROWS, dtype=torch.int32)},
+        ("targets_N must be [3] int64, got (3,) torch.int32",),
+    ),
+    "a target for all": (
+        {"targets_N": torch.tensor(1)},
+        ("targets_N must be [3] int64, got () torch.int64",),
+    ),
+    "target beyond": (
+        {"targets_N": torch.tensor([0, 5, 0])},
+        ("targets_N must lie in [0, 5) or be -100, got 5 in row 1",),
+    ),
+    "target below": (
+        {"targets_N": torch.tensor([0, 1, -1])},
+        ("targets_N must lie in [0, 5) or be -100, got -1 in row 2",),
+    ),
+    "negative column": ({"first_column": -1}, ("first_column must be >= 0, got -1",)),
+    "no vocabulary": ({"vocab_size": 0}, ("vocab_size must be >= 1, got 0",)),
+}
+
+
+@pytest.mark.parametrize("name", BAD_ROWS)
+def test_rows_that_do_not_fit_are_refused(name: str) -> None:
+    changes, parts = BAD_ROWS[name]
+    refused(row_stats, rows(**changes), *parts)
+    refused(row_grad_, scales(**changes), *parts)
+
+
+BAD_FP32: dict[str, tuple[Tensor, str]] = {
+    "bf16": (torch.ones(ROWS, dtype=torch.bfloat16), "must be [3] fp32, got (3,) torch.bfloat16"),
+    "fp64": (torch.ones(ROWS, dtype=torch.float64), "must be [3] fp32, got (3,) torch.float64"),
+    "int": (torch.ones(ROWS, dtype=torch.int64), "must be [3] fp32, got (3,) torch.int64"),
+    "one for all": (torch.ones(()), "must be [3] fp32, got () torch.float32"),
+    "a column": (torch.ones(ROWS, 1), "must be [3] fp32, got (3, 1) torch.float32"),
+    "too few": (torch.ones(ROWS - 1), "must be [3] fp32, got (2,) torch.float32"),
+    "elsewhere": (torch.ones(ROWS, device="meta"), "is on meta, expected cpu"),
+    "strided": (torch.ones(2 * ROWS)[::2], "must be contiguous, got strides (2,)"),
+    "broadcast": (torch.ones(1).expand(ROWS), "must be contiguous, got strides (0,)"),
+}
+
+
+@pytest.mark.parametrize("name", ["maximum_N", "inverse_sum_N", "grad_N"])
+@pytest.mark.parametrize("bad", BAD_FP32)
+def test_scales_that_do_not_fit_are_refused(bad: str, name: str) -> None:
+    value, message = BAD_FP32[bad]
+    refused(row_grad_, scales(**{name: value}), f"{name} {message}")
+
+
+@pytest.mark.parametrize(
+    "logits_NVp",
+    [
+        torch.zeros(1, COLUMNS).expand(ROWS, COLUMNS),
+        torch.zeros(20).as_strided((ROWS, COLUMNS), (COLUMNS - 1, 1)),
+    ],
+)
+def test_rows_that_overlap_are_read_but_not_written(logits_NVp: Tensor) -> None:
+    row_stats(**rows(logits_NVp=logits_NVp))
+    stride = logits_NVp.stride(0)
+    message = f"logits_NVp: rows of 5 columns with stride {stride} overlap and can't be written"
+    refused(row_grad_, scales(logits_NVp=logits_NVp), message)
+
+
+@pytest.mark.parametrize(
+    ("stats", "message"),
+    [
+        (torch.zeros(ROWS, 3), "stats_N4 must be [3, 4] fp32, got (3, 3)"),
+        (torch.zeros(ROWS + 1, 4), "stats_N4 must be [3, 4] fp32, got (4, 4)"),
+        (torch.zeros(ROWS, 4).double(), "stats_N4 must be [3, 4] fp32, got (3, 4) torch.float64"),
+        (torch.zeros(4, ROWS).t(), "stats_N4 must be contiguous, got strides (1, 3)"),
+        (torch.zeros(ROWS, 4, device="meta"), "stats_N4 is on meta, expected cpu"),
+    ],
+)
+def test_states_that_do_not_fit_are_refused(stats: Tensor, message: str) -> None:
+    refused(row_stats, rows(stats_N4=stats), message)
+
+
+@pytest.mark.parametrize(
+    ("stats", "targets", "message"),
+    [
+        (torch.zeros(ROWS, 4), torch.zeros(ROWS).long(), "stats_RN4 must be [R, N, 4] with R >= 1"),
+        (torch.zeros(0, ROWS, 4), torch.zeros(ROWS).long(), "R >= 1, got (0, 3, 4)"),
+        (torch.zeros(2, ROWS, 3), torch.zeros(ROWS).long(), "stats_RN4 must be [2, 3, 4] fp32"),
+        (torch.zeros(2, ROWS, 4).half(), torch.zeros(ROWS).long(), "got (2, 3, 4) torch.float16"),
+        (torch.zeros(2, 4, ROWS).mT, torch.zeros(ROWS).long(), "stats_RN4 must be contiguous"),
+        (torch.zeros(2, ROWS, 4), torch.zeros(2).long(), "targets_N must be [3] int64, got (2,)"),
+        (torch.zeros(2, ROWS, 4), torch.tensor(0), "targets_N must be [3] int64, got ()"),
+        (torch.zeros(2, ROWS, 4), torch.zeros(ROWS), "targets_N must be [3] int64, got (3,) torch"),
+        (
+            torch.zeros(2, ROWS, 4),
+            torch.zeros(ROWS, device="meta").long(),
+            "targets_N is on meta, expected cpu",
+        ),
+    ],
+)
+def test_states_that_do_not_combine_are_refused(
+    stats: Tensor, targets: Tensor, message: str
+) -> None:
+    refused(combine, {"stats_RN4": stats, "targets_N": targets}, message)
+
+
+@pytest.mark.parametrize(
+    ("kind", "parameters", "message"),
+    [
+        ("square", {}, "kind must be one of power, box_cox, log_ratio, clip, tanh, got 'square'"),
+        *(
+            (kind, {"a": alpha}, f"alpha must be > 0 and finite in fp32, got {alpha}")
+            for kind in ("power", "box_cox")
+            for alpha in (0.0, -1.0, math.nan, math.inf, 1e300, 1e-300)
+        ),
+        *(
+            ("tanh", {"a": tau}, f"tau must be > 0 and finite in fp32, got {tau}")
+            for tau in (0.0, -1.0, math.nan, math.inf, 1e300, 1e-300)
+        ),
+        ("clip", {"a": 1.0, "b": -1.0}, "bounds of clip must be ascending, got 1.0 and -1.0"),
+        ("clip", {"a": math.nan, "b": 1.0}, "bounds of clip must be ascending, got nan and 1.0"),
+        ("clip", {"a": 0.0, "b": math.nan}, "bounds of clip must be ascending, got 0.0 and nan"),
+    ],
+)
+def test_rewards_that_can_not_be_are_refused(
+    kind: str, parameters: dict[str, float], message: str
+) -> None:
+    logp = -torch.ones(ROWS)
+    arguments = {"kind": kind, "teacher_logp": logp, "student_logp": logp}
+    refused(token_reward, arguments | parameters, message)
+
+
+@pytest.mark.parametrize("name", ["teacher_logp", "student_logp"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.int64])
+def test_log_probs_of_another_dtype_are_refused(name: str, dtype: torch.dtype) -> None:
+    logp = {"teacher_logp": -torch.ones(ROWS), "student_logp": -torch.ones(ROWS)}
+    logp[name] = logp[name].to(dtype)
+    refused(token_reward, {"kind": "log_ratio", **logp}, f"{name} must be fp32, got {dtype}")
+
+
+@pytest.mark.parametrize(
+    "student", [torch.ones(2), torch.ones(ROWS, 1), torch.ones(()), torch.ones(3, device="meta")]
+)
+def test_log_probs_that_are_not_alike_are_refused(student: Tensor) -> None:
+    message = f"student_logp {tuple(student.shape)} on {student.device}: they must be alike"
+    arguments = {"teacher_logp": torch.ones(ROWS), "student_logp": student}
+    refused(
+        token_reward, {"kind": "log_ratio", **arguments}, "teacher_logp is (3,) on cpu", message
+    )
