@@ -97,7 +97,8 @@ enum class RewardKind : int { power, box_cox, log_ratio, clip, tanh };
 
 // Zero for equal log-probs, both of them -inf included. power and box_cox take alpha as `a`, clip
 // its bounds as `a` and `b`, tanh its scale as `a`. The power is taken of the larger probability
-// and the rest by expm1, so that nothing overflows and near-equal ones keep their relative accuracy.
+// and the rest by expm1, so that nothing overflows and near-equal ones keep their relative
+// accuracy.
 POWEROPD_HD float token_reward(RewardKind kind, float teacher, float student, float a, float b) {
   if (teacher == student) return 0.0f;
   const float difference = teacher - student;

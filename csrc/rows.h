@@ -26,7 +26,8 @@ struct RowScales {
   const float* grad;
 };
 
-// One softmax for each row from `shards` states of it: stats [shards][rows][4]. entropy may be null.
+// One softmax for each row from `shards` states of it: stats [shards][rows][4]. entropy may be
+// null.
 struct Combined {
   float* logp;
   float* entropy;

@@ -60,7 +60,9 @@ void set_capability(const std::string& name) {
 }
 
 // Rows that make it worth waking another thread.
-int64_t grain(int64_t columns) { return std::max<int64_t>(1, 16384 / std::max<int64_t>(1, columns)); }
+int64_t grain(int64_t columns) {
+  return std::max<int64_t>(1, 16384 / std::max<int64_t>(1, columns));
+}
 
 void row_stats(const at::Tensor& logits, const at::Tensor& targets, const at::Tensor& stats,
                int64_t first_column, int64_t columns, bool with_entropy, bool accumulate) {
@@ -82,9 +84,8 @@ void row_grad(const at::Tensor& logits, const at::Tensor& targets, const at::Ten
   const int64_t* target = targets.const_data_ptr<int64_t>();
   const RowScales scales = row_scales(maximum, inverse_sum, grad);
   pybind11::gil_scoped_release no_gil;
-  at::parallel_for(0, rows.rows, grain(rows.width), [&](int64_t begin, int64_t end) {
-    loop(rows, target, scales, begin, end);
-  });
+  at::parallel_for(0, rows.rows, grain(rows.width),
+                   [&](int64_t begin, int64_t end) { loop(rows, target, scales, begin, end); });
 }
 
 void combine(const at::Tensor& stats, const at::Tensor& targets, const at::Tensor& logp,

@@ -56,8 +56,8 @@ void add_block(const T* block, int64_t count, float maximum, double& sum, double
   }
   sum += Simd::total(Simd::add(Simd::add(sums[0], sums[1]), Simd::add(sums[2], sums[3])));
   if (kEntropy) {
-    weighted +=
-        Simd::total(Simd::add(Simd::add(weights[0], weights[1]), Simd::add(weights[2], weights[3])));
+    weighted += Simd::total(
+        Simd::add(Simd::add(weights[0], weights[1]), Simd::add(weights[2], weights[3])));
   }
 }
 
@@ -78,7 +78,8 @@ SoftmaxState row_state(const T* row, int64_t columns) {
     if (maximum == negative_infinity()) {
       // Nothing but -inf so far, or NaN, which must not be lost.
       for (int64_t i = 0; i < count; ++i) {
-        if (to_float(block[i]) != to_float(block[i])) sum = std::numeric_limits<double>::quiet_NaN();
+        if (to_float(block[i]) != to_float(block[i]))
+          sum = std::numeric_limits<double>::quiet_NaN();
       }
       continue;
     }

@@ -1,4 +1,5 @@
-// The shared headers come before the target: what other units use of them must run on any processor.
+// The shared headers come before the target: what other units use of them must run on any
+// processor.
 #if defined(__x86_64__)
 #include <immintrin.h>
 

@@ -1,4 +1,5 @@
-// The shared headers come before the target: what other units use of them must run on any processor.
+// The shared headers come before the target: what other units use of them must run on any
+// processor.
 #if defined(__x86_64__)
 #include <immintrin.h>
 
@@ -10,7 +11,8 @@
 #include "row_loops_table.h"
 
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma"))), apply_to = function)
+#pragma clang attribute push( \
+    __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma"))), apply_to = function)
 #else
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")

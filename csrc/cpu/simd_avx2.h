@@ -25,12 +25,14 @@ struct Avx2 {
   static float total(Float a) {
     float lane[kLanes];
     store(lane, a);
-    return ((lane[0] + lane[4]) + (lane[1] + lane[5])) + ((lane[2] + lane[6]) + (lane[3] + lane[7]));
+    return ((lane[0] + lane[4]) + (lane[1] + lane[5])) +
+           ((lane[2] + lane[6]) + (lane[3] + lane[7]));
   }
 
   // e^x for x <= 0; 0 below -87.7 and for -inf, NaN for NaN.
   static Float exp(Float x) {
-    const Float log2e = broadcast(kLog2e), clamped = _mm256_max_ps(broadcast(-88.0f), x);  // not NaN
+    const Float log2e = broadcast(kLog2e),
+                clamped = _mm256_max_ps(broadcast(-88.0f), x);  // not NaN
     const Float whole =
         _mm256_round_ps(mul(clamped, log2e), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(whole), _mm256_set1_epi32(127));
@@ -55,7 +57,8 @@ struct Avx2 {
   static void store(bf16* to, Float value) {
     const __m256i bits = _mm256_castps_si256(value);
     const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-    const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+    const __m256i rounded =
+        _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
     const __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(value, value, _CMP_UNORD_Q));
     const __m256i chosen = _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fff0000), is_nan);
     const __m256i halves = _mm256_srli_epi32(chosen, 16);

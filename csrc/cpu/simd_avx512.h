@@ -59,7 +59,8 @@ struct Avx512 {
   static __m256i narrow(Float value) {
     const __m512i bits = _mm512_castps_si512(value);
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    const __m512i rounded =
+        _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
     const __mmask16 is_nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
     const __m512i chosen = _mm512_mask_blend_epi32(is_nan, rounded, _mm512_set1_epi32(0x7fff0000));
     return _mm512_cvtepi32_epi16(_mm512_srli_epi32(chosen, 16));

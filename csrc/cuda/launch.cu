@@ -1,8 +1,7 @@
 // Compiled by nvcc, and by g++ over the SIMT emulator: no header of torch belongs here.
-#include "launch.h"
-
 #include <limits>
 
+#include "launch.h"
 #include "row_kernels.cuh"
 
 namespace poweropd {
@@ -21,11 +20,10 @@ bool fits(const LogitRows& logits) {
 template <class T, int kBlock>
 void row_stats_of(const LogitRows& logits, const int64_t* targets, float* stats, bool with_entropy,
                   bool accumulate, void* stream) {
-  auto kernel = with_entropy
-                    ? (accumulate ? row_stats_kernel<T, true, true, kBlock>
-                                  : row_stats_kernel<T, true, false, kBlock>)
-                    : (accumulate ? row_stats_kernel<T, false, true, kBlock>
-                                  : row_stats_kernel<T, false, false, kBlock>);
+  auto kernel = with_entropy ? (accumulate ? row_stats_kernel<T, true, true, kBlock>
+                                           : row_stats_kernel<T, true, false, kBlock>)
+                             : (accumulate ? row_stats_kernel<T, false, true, kBlock>
+                                           : row_stats_kernel<T, false, false, kBlock>);
   POWEROPD_LAUNCH(kernel, dim3(unsigned(logits.rows)), dim3(kBlock), stream,
                   static_cast<const T*>(logits.data), logits.stride, targets,
                   reinterpret_cast<float4*>(stats), logits.first_column, int(logits.columns));
@@ -36,8 +34,8 @@ void row_grad_of(const LogitRows& logits, const int64_t* targets, const RowScale
                  void* stream) {
   auto kernel = row_grad_kernel<T, kBlock>;
   POWEROPD_LAUNCH(kernel, dim3(unsigned(logits.rows)), dim3(kBlock), stream,
-                  static_cast<T*>(logits.data), logits.stride, targets, scales,
-                  logits.first_column, int(logits.columns), int(logits.width));
+                  static_cast<T*>(logits.data), logits.stride, targets, scales, logits.first_column,
+                  int(logits.columns), int(logits.width));
 }
 
 // Calls `launch` with a value of the logits' type and one whose ::value is the block's size.
@@ -63,11 +61,11 @@ bool launch_row_stats(const LogitRows& logits, const int64_t* targets, float* st
                       bool with_entropy, bool accumulate, int block, void* stream) {
   if (logits.rows == 0) return true;
   return fits(logits) &&
-         with_type_and_block(
-             logits.dtype, block ? block : block_for(logits.columns), [&](auto type, auto size) {
-               row_stats_of<decltype(type), decltype(size)::value>(logits, targets, stats,
-                                                                   with_entropy, accumulate, stream);
-             });
+         with_type_and_block(logits.dtype, block ? block : block_for(logits.columns),
+                             [&](auto type, auto size) {
+                               row_stats_of<decltype(type), decltype(size)::value>(
+                                   logits, targets, stats, with_entropy, accumulate, stream);
+                             });
 }
 
 bool launch_combine(const float* stats, int64_t shards, int64_t rows, const int64_t* targets,
@@ -95,11 +93,10 @@ bool launch_row_grad(const LogitRows& logits, const int64_t* targets, const RowS
                      int block, void* stream) {
   if (logits.rows == 0) return true;
   return fits(logits) &&
-         with_type_and_block(logits.dtype, block ? block : block_for(logits.columns),
-                             [&](auto type, auto size) {
-                               row_grad_of<decltype(type), decltype(size)::value>(
-                                   logits, targets, scales, stream);
-                             });
+         with_type_and_block(
+             logits.dtype, block ? block : block_for(logits.columns), [&](auto type, auto size) {
+               row_grad_of<decltype(type), decltype(size)::value>(logits, targets, scales, stream);
+             });
 }
 
 }  // namespace poweropd

@@ -37,10 +37,9 @@ void row_grad(const at::Tensor& logits, const at::Tensor& targets, const at::Ten
               const at::Tensor& inverse_sum, const at::Tensor& grad, int64_t first_column,
               int64_t columns) {
   const OnDeviceOf device(logits);
-  device.check(launch_row_grad(logit_rows(logits, first_column, columns),
-                               targets.const_data_ptr<int64_t>(),
-                               row_scales(maximum, inverse_sum, grad), kChooseBlock,
-                               device.stream()));
+  device.check(
+      launch_row_grad(logit_rows(logits, first_column, columns), targets.const_data_ptr<int64_t>(),
+                      row_scales(maximum, inverse_sum, grad), kChooseBlock, device.stream()));
 }
 
 void combine(const at::Tensor& stats, const at::Tensor& targets, const at::Tensor& logp,

@@ -131,7 +131,8 @@ inline void pass_barrier() {
   Machine& m = machine();
   for (unsigned i = 0; i < m.block.x; ++i) {
     Thread& thread = m.threads[i];
-    if (thread.state != State::at_barrier) fail(thread, "a barrier or shuffle is not reached by all");
+    if (thread.state != State::at_barrier)
+      fail(thread, "a barrier or shuffle is not reached by all");
     if (thread.line != m.threads[0].line) fail(thread, "threads wait at different barriers");
   }
   for (unsigned i = 0; i < m.block.x; ++i) m.threads[i].state = State::ready;
@@ -233,8 +234,7 @@ inline void launch(dim3 grid, dim3 block, const std::function<void()>& kernel) {
 #define blockIdx (simt::machine().block_index)
 #define blockDim (simt::machine().block)
 #define __syncthreads() simt::wait(simt::State::at_barrier, __LINE__)
-#define __shfl_xor_sync(mask, value, lane_mask) \
-  simt::shuffle_xor(mask, value, lane_mask, __LINE__)
+#define __shfl_xor_sync(mask, value, lane_mask) simt::shuffle_xor(mask, value, lane_mask, __LINE__)
 
 template <class T>
 T __ldcs(const T* address) {

@@ -3,9 +3,9 @@
 import re
 import shutil
 import subprocess
+from importlib.util import find_spec
 from pathlib import Path
 
-import nvidia
 import pytest
 from support import ptx_backend
 from support.ptx_backend import CSRC
@@ -21,7 +21,9 @@ FITTING = "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads"
 
 def find_disassembler() -> str | None:
     """Return nvdisasm's path: beside nvcc, on PATH, or of the package nvidia-cuda-nvdisasm."""
-    folders = [Path(folder, "cu13", "bin") for folder in nvidia.__path__]
+    package = find_spec("nvidia")
+    parts = package.submodule_search_locations if package else None
+    folders = [Path(folder, "cu13", "bin") for folder in parts or []]
     if nvcc := shutil.which("nvcc"):
         folders.insert(0, Path(nvcc).resolve().parent)
     beside = (shutil.which("nvdisasm", path=folder) for folder in folders)

@@ -1,11 +1,7 @@
 """The ranks and the tiny checkpoints that the distributed tests share."""
 
-import sys
-from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from support import qwen3_folder
 from support.rank_pool import RankPool

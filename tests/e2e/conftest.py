@@ -1,13 +1,10 @@
 """Runs that several tests look at, each made once; the folders are not to be changed."""
 
 import shutil
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from support.cli_run import Ended, ForkedRun, launch, settings, steps_recorded, train
 

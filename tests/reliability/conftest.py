@@ -1,13 +1,9 @@
 """Folders and processes of the tests that break things."""
 
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from support.cli_run import fork, join
 

@@ -1,6 +1,5 @@
 """Fixtures of the tests that need process groups; they alone pay for importing Megatron."""
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,8 +9,6 @@ from hypothesis import settings
 
 settings.register_profile("any speed", deadline=None)
 settings.load_profile("any speed")
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 if TYPE_CHECKING:
     from poweropd_megatron.parallel.layout import Layout
 
