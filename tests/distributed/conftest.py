@@ -1,8 +1,6 @@
 """The ranks and the tiny checkpoints that the distributed tests share."""
 
-
 import pytest
-
 from support import qwen3_folder
 from support.rank_pool import RankPool
 

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-
 from support.cli_run import Ended, ForkedRun, launch, settings, steps_recorded, train
 
 
