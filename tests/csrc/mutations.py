@@ -116,7 +116,7 @@ NOTICED: dict[Catcher, Callable[[Path], str | None]] = {
 
 
 def leave_out_other_blocks(csrc: Path) -> None:
-    """Keep a copy of csrc from compiling the kernels for blocks that aren't tried: a third is left."""
+    """Keep a copy of csrc from compiling the two thirds of the kernels that aren't tried."""
     launch = csrc / "cuda" / "launch.cu"
     lines = launch.read_text().splitlines(keepends=True)
     kept = [line for line in lines if "Block<32>" not in line and "Block<1024>" not in line]

@@ -11,6 +11,7 @@ REASONS = [reason for reason in (simt_backend.why_not(), ptx_backend.why_not()) 
 
 
 @pytest.mark.skipif(bool(REASONS), reason="; ".join(REASONS))
+@pytest.mark.timeout(900)
 def test_every_seeded_bug_is_noticed() -> None:
     script = Path(__file__).with_name("mutations.py")
     result = subprocess.run([sys.executable, str(script)], capture_output=True, text=True)

@@ -13,6 +13,7 @@ from poweropd_megatron.ops.lm_head import materialized_logprob, recomputed_logpr
 from poweropd_megatron.ops.lm_head_tiles import LMHead
 from poweropd_megatron.ops.rewards import token_reward
 
+FAR_ROWS_BYTES = 24 << 30
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
@@ -26,7 +27,9 @@ def backend() -> RowBackend:
 
 @pytest.mark.parametrize("name", CASES)
 def test_stats_log_probs_and_gradients_are_those_of_fp64(name: str, backend: RowBackend) -> None:
-    check_stats_and_gradient(backend, CASES[name], device="cuda")
+    if name.startswith("far-rows") and torch.cuda.mem_get_info()[0] < FAR_ROWS_BYTES:
+        pytest.skip("the rows lie 2**31 elements apart: too little GPU memory")
+    check_stats_and_gradient(backend, CASES[name], device="cuda", exp_error=2**-22)
 
 
 def test_rewards_are_those_of_fp64(backend: RowBackend) -> None:
