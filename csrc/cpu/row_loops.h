@@ -20,8 +20,11 @@ float block_maximum(const T* block, int64_t count) {
   for (Float& part : largest) part = Simd::broadcast(negative_infinity());
   int64_t i = 0;
   for (; i + 4 * kLanes <= count; i += 4 * kLanes) {
-    for (int k = 0; k < 4; ++k) {
-      largest[k] = Simd::max(largest[k], Simd::load(block + i + k * kLanes));
+    for (int k = 0; k < 4; k += 2) {
+      Float a, b;
+      Simd::load_pair(block + i + k * kLanes, a, b);
+      largest[k] = Simd::max(largest[k], a);
+      largest[k + 1] = Simd::max(largest[k + 1], b);
     }
   }
   for (; i < count; i += kLanes) {
@@ -44,11 +47,16 @@ void add_block(const T* block, int64_t count, float maximum, double& sum, double
     const Float exponent = Simd::sub(logits, largest);
     const Float exponential = Simd::exp(exponent);
     sums[k] = Simd::add(sums[k], exponential);
-    if (kEntropy) weights[k] = Simd::fma(exponential, Simd::max(exponent, lowest), weights[k]);
+    if (kEntropy) weights[k] = Simd::fma(exponential, Simd::max(lowest, exponent), weights[k]);
   };
   int64_t i = 0;
   for (; i + 4 * kLanes <= count; i += 4 * kLanes) {
-    for (int k = 0; k < 4; ++k) add(k, Simd::load(block + i + k * kLanes));
+    for (int k = 0; k < 4; k += 2) {
+      Float a, b;
+      Simd::load_pair(block + i + k * kLanes, a, b);
+      add(k, a);
+      add(k + 1, b);
+    }
   }
   for (; i < count; i += kLanes) {
     const int rest = static_cast<int>(std::min<int64_t>(kLanes, count - i));
@@ -119,17 +127,18 @@ void row_gradient(T* row, int64_t columns, int64_t target, float maximum, float 
   constexpr int kLanes = Simd::kLanes;
   const Float largest = Simd::broadcast(maximum), scales = Simd::broadcast(scale);
   auto softmax = [&](Float logits) { return Simd::exp(Simd::sub(logits, largest)); };
+  auto scaled = [&](Float logits) { return Simd::mul(scales, softmax(logits)); };
   const bool has_target = target >= 0 && target < columns;
   const float target_logit = has_target ? to_float(row[target]) : 0.0f;
   int64_t i = 0;
-  for (; i + kLanes <= columns; i += kLanes) {
-    const Float weights = softmax(Simd::load(row + i));
-    Simd::store(row + i, Simd::mul(scales, weights));
+  for (; i + 2 * kLanes <= columns; i += 2 * kLanes) {
+    Float a, b;
+    Simd::load_pair(row + i, a, b);
+    Simd::store_pair(row + i, scaled(a), scaled(b));
   }
-  if (i < columns) {
-    const int rest = static_cast<int>(columns - i);
-    const Float weights = softmax(Simd::load(row + i, rest, negative_infinity()));
-    Simd::store(row + i, Simd::mul(scales, weights), rest);
+  for (; i < columns; i += kLanes) {
+    const int rest = static_cast<int>(std::min<int64_t>(kLanes, columns - i));
+    Simd::store(row + i, scaled(Simd::load(row + i, rest, negative_infinity())), rest);
   }
   if (has_target) {
     const Float weights = softmax(Simd::broadcast(target_logit));

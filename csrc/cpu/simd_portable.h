@@ -66,6 +66,12 @@ struct Portable {
   static Float load(const T* from) {
     return each([=](int i) { return to_float(from[i]); });
   }
+  // Twice as many elements, in an order that store_pair undoes.
+  template <class T>
+  static void load_pair(const T* from, Float& a, Float& b) {
+    a = load(from);
+    b = load(from + kLanes);
+  }
   // The first `count` lanes; the others hold `rest`.
   template <class T>
   static Float load(const T* from, int count, float rest) {
@@ -74,6 +80,11 @@ struct Portable {
   template <class T>
   static void store(T* to, Float value, int count = kLanes) {
     for (int i = 0; i < count; ++i) narrow(value.lane[i], to + i);
+  }
+  template <class T>
+  static void store_pair(T* to, Float a, Float b) {
+    store(to, a);
+    store(to + kLanes, b);
   }
 
  private:
