@@ -97,7 +97,7 @@ def extensions() -> tuple[list, dict]:
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ARCHITECTURES)
     os.environ.setdefault("MAX_JOBS", str(os.cpu_count() or 1))
 
-    from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
+    from torch.utils.cpp_extension import CppExtension, CUDAExtension
 
     include_dirs = [str(ROOT / "csrc"), str(ROOT / "csrc" / "cuda")]
     cxx = ["-O3", "-g0", "-std=c++20"]
@@ -120,8 +120,60 @@ def extensions() -> tuple[list, dict]:
                 extra_link_args=["-s"],
             )
         )
-    note("CPU kernels; " + (f"no CUDA kernels: {reason}" if reason else "CUDA kernels"))
-    return modules, {"build_ext": BuildExtension.with_options(use_ninja=has_ninja())}
+    if choice != "1":
+        for module in modules:
+            module.optional = True
+    return modules, {"build_ext": build_command(reason)}
+
+
+def build_command(why_no_cuda: str) -> type:
+    """Return the command that builds what it can, and notes what that was.
+
+    An optional module that doesn't compile is left out, with its old build.
+    """
+    from torch.utils.cpp_extension import BuildExtension
+
+    class KernelBuild(BuildExtension):
+        failures: dict[str, str]
+
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, use_ninja=has_ninja(), **kwargs)
+
+        def run(self):
+            self.failures = {}
+            note("the kernels are being compiled")
+            try:
+                super().run()
+            except Exception as error:
+                # torch tries the compiler before it builds anything.
+                if not all(module.optional for module in self.extensions):
+                    raise
+                for module in self.extensions:
+                    self.leave_out(module, error)
+            parts = []
+            for title, name in (("CPU", "_cpu"), ("CUDA", "_cuda")):
+                failure = self.failures.get(name)
+                if title == "CUDA" and why_no_cuda:
+                    failure = why_no_cuda
+                parts.append(f"no {title} kernels: {failure}" if failure else f"{title} kernels")
+            note("; ".join(parts))
+
+        def build_extension(self, ext):
+            try:
+                super().build_extension(ext)
+            except Exception as error:
+                if not ext.optional:
+                    raise
+                self.leave_out(ext, error)
+
+        def leave_out(self, ext, error):
+            path = Path(self.get_ext_fullpath(ext.name))
+            path.unlink(missing_ok=True)
+            (ROOT / "poweropd_megatron" / "ops" / path.name).unlink(missing_ok=True)
+            first_line = str(error).strip().partition("\n")[0]
+            self.failures[ext.name.rpartition(".")[2]] = f"they didn't compile ({first_line})"
+
+    return KernelBuild
 
 
 def packaged_cuda_headers() -> list[str]:

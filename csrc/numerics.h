@@ -20,7 +20,8 @@ constexpr float kLog2e = 1.4426950408889634f;
 // Rows with this target are not read; their results are zero.
 constexpr int64_t kIgnoredTarget = -100;
 
-// Below this exponent an exponential is zero in fp32, but 0 * -inf would be NaN.
+// Below this exponent an exponential is zero in fp32. What an exponential is multiplied with is
+// held to it: 0 * -inf would be NaN, and a sum times the difference of a masked logit overflows.
 constexpr float kLowestExponent = -150.0f;
 
 struct bf16 {
@@ -79,8 +80,8 @@ POWEROPD_HD SoftmaxState merge(SoftmaxState a, SoftmaxState b) {
   SoftmaxState merged;
   merged.maximum = maximum;
   merged.sum = a.sum * scale_a + b.sum * scale_b;
-  merged.weighted = (a.sum > 0.0f ? scale_a * (a.weighted + a.sum * from_a) : 0.0f) +
-                    (b.sum > 0.0f ? scale_b * (b.weighted + b.sum * from_b) : 0.0f);
+  merged.weighted = scale_a * (a.weighted + a.sum * fmaxf(from_a, kLowestExponent)) +
+                    scale_b * (b.weighted + b.sum * fmaxf(from_b, kLowestExponent));
   return merged;
 }
 

@@ -35,7 +35,7 @@ __device__ __forceinline__ void absorb(SoftmaxState& state, const float (&value)
   if (maximum > state.maximum) {
     const float step = state.maximum - maximum, scale = exp_fast(step);
     if (kEntropy) {
-      state.weighted = state.sum > 0.0f ? scale * (state.weighted + state.sum * step) : 0.0f;
+      state.weighted = scale * (state.weighted + state.sum * fmaxf(step, kLowestExponent));
     }
     state.sum *= scale;
     state.maximum = maximum;

@@ -81,6 +81,9 @@ class Gradients:
 
     def add(self, rows: slice, columns: slice, grad_logits: Tensor) -> None:
         """Add what a tile of the logits' gradient gives."""
+        if grad_logits.is_cuda:
+            # Once, for both products: tensor cores want operands of one type.
+            grad_logits = grad_logits.to(self._weight_VpH.dtype)
         add_product_(self._sum_NH[rows], grad_logits, self._weight_VpH[columns])
         add_product_(self._sum_VpH[columns], grad_logits.t(), self._hidden_NH[rows])
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from poweropd_megatron.ops.backends import IGNORED_TARGET, Softmaxes, kernels_for
-from poweropd_megatron.ops.rows import check_logits, check_shards
+from poweropd_megatron.ops.rows import check_logits, check_rows_apart, check_shards
 
 
 class TokenLogprobs(NamedTuple):
@@ -47,6 +47,8 @@ def vocab_parallel_logprob(
     num_columns = logits_NVp.shape[-1:].numel()
     first_column = dist.get_rank(tp_group) * num_columns
     check_logits(logits_NVp, targets_N, first_column=first_column, vocab_size=vocab_size)
+    if inplace_backward:
+        check_rows_apart(logits_NVp)
     check_shards(num_columns, num_ranks=dist.get_world_size(tp_group), vocab_size=vocab_size)
     logp_N, entropy_N = _VocabParallelLogprob.apply(
         logits_NVp, targets_N.contiguous(), first_column, vocab_size, tp_group, inplace_backward

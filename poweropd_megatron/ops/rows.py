@@ -83,11 +83,7 @@ def row_grad_(
     Raises: ValueError naming the tensor that doesn't fit.
     """
     check_logits(logits_NVp, targets_N, first_column=first_column, vocab_size=vocab_size)
-    if logits_NVp.shape[0] > 1 and logits_NVp.stride(0) < logits_NVp.shape[1]:
-        raise ValueError(
-            f"logits_NVp: rows of {logits_NVp.shape[1]} columns with stride "
-            f"{logits_NVp.stride(0)} overlap and can't be written"
-        )
+    check_rows_apart(logits_NVp)
     scales = {"maximum_N": maximum_N, "inverse_sum_N": inverse_sum_N, "grad_N": grad_N}
     for name, scale in scales.items():
         _check_fp32(name, scale, (len(targets_N),), logits_NVp.device)
@@ -115,11 +111,22 @@ def check_logits(
             f"logits_NVp must have stride 1 along the columns, got {logits_NVp.stride(1)}: "
             "call .contiguous() first"
         )
+    if logits_NVp.is_neg():
+        raise ValueError("logits_NVp is a lazily negated view: call .resolve_neg() first")
     if first_column < 0:
         raise ValueError(f"first_column must be >= 0, got {first_column}")
     if vocab_size < 1:
         raise ValueError(f"vocab_size must be >= 1, got {vocab_size}")
     check_targets(targets_N, logits_NVp.shape[0], logits_NVp.device, vocab_size=vocab_size)
+
+
+def check_rows_apart(logits_NVp: Tensor) -> None:
+    """Return if no two rows share memory, so that each can be written. Raises: ValueError."""
+    if logits_NVp.shape[0] > 1 and logits_NVp.stride(0) < logits_NVp.shape[1]:
+        raise ValueError(
+            f"logits_NVp: rows of {logits_NVp.shape[1]} columns with stride "
+            f"{logits_NVp.stride(0)} overlap and can't be written"
+        )
 
 
 def check_shards(num_columns: int, *, num_ranks: int, vocab_size: int) -> None:
@@ -168,3 +175,5 @@ def _check_fp32(name: str, tensor: Tensor, shape: tuple[int, ...], device: torch
         raise ValueError(f"{name} is on {tensor.device}, expected {device}")
     if not tensor.is_contiguous():
         raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}")
+    if shape[-1:] == (4,) and tensor.data_ptr() % 16:
+        raise ValueError(f"{name} must start at a multiple of 16 bytes; a copy does")

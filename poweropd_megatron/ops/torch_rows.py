@@ -12,7 +12,7 @@ from poweropd_megatron.ops.backends import IGNORED_TARGET, Softmaxes
 from poweropd_megatron.ops.compiled_rows import num_valid_columns
 
 _LOWEST_EXPONENT = -150.0
-"""Below it an exponential is zero in fp32, but 0 * -inf would be NaN."""
+"""Below it an exponential is zero in fp32; its factors are held to it, since 0 * -inf is NaN."""
 _CHUNK_ELEMENTS = 1 << 22
 
 
@@ -129,7 +129,7 @@ def _merge(stats_RN4: Tensor) -> tuple[Tensor, Tensor]:
     scale_RN = shift_RN.exp()
     # The empty states' sum is 0, or NaN, which has to stay.
     sums_RN = torch.where(maximum_RN == -torch.inf, sum_RN, sum_RN * scale_RN)
-    moved_RN = scale_RN * (weighted_RN + sum_RN * shift_RN)
+    moved_RN = scale_RN * (weighted_RN + sum_RN * shift_RN.clamp(min=_LOWEST_EXPONENT))
     weights_RN = torch.where(maximum_RN == -torch.inf, 0.0, moved_RN)
     missing_RN = target_RN == -torch.inf
     target_N = torch.where(missing_RN, 0.0, target_RN).sum(0)

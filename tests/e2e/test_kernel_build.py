@@ -14,7 +14,7 @@ REPO = Path(__file__).resolve().parents[2]
 @pytest.fixture
 def copy(tmp_path: Path) -> Path:
     """Return a folder with the project's build files and no sources of kernels."""
-    (tmp_path / "poweropd_megatron").mkdir()
+    (tmp_path / "poweropd_megatron" / "ops").mkdir(parents=True)
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(REPO / name, tmp_path)
     shutil.copy(REPO / "poweropd_megatron" / "__init__.py", tmp_path / "poweropd_megatron")
@@ -57,9 +57,44 @@ def test_an_unknown_choice_about_cuda_is_refused(copy: Path) -> None:
     assert "setup.py: POWEROPD_CUDA=yes: expected auto, 0 or 1" in built.stderr
 
 
+def said_by(folder: Path) -> str:
+    return (folder / "build" / "extension.txt").read_text()
+
+
 @pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
-def test_cuda_kernels_can_be_declined(copy: Path) -> None:
-    """There are no sources here: compiling fails after the choice was made."""
-    build(copy, POWEROPD_CUDA="0")
-    said = (copy / "build" / "extension.txt").read_text()
-    assert said == "CPU kernels; no CUDA kernels: POWEROPD_CUDA=0\n"
+def test_what_does_not_compile_is_left_out_and_said(copy: Path) -> None:
+    """There are no sources here."""
+    built = build(copy, POWEROPD_CUDA="0")
+    assert built.returncode == 0, built.stderr
+    assert said_by(copy).startswith("no CPU kernels: they didn't compile (")
+    assert said_by(copy).endswith("; no CUDA kernels: POWEROPD_CUDA=0\n")
+
+
+def test_a_compiler_that_does_not_work_leaves_plain_torch(copy: Path) -> None:
+    built = build(copy, CXX="false", POWEROPD_CUDA="0")
+    assert built.returncode == 0, built.stderr
+    assert said_by(copy).startswith("no CPU kernels: they didn't compile (")
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
+def test_an_nvcc_that_refuses_the_compiler_costs_the_cuda_kernels_alone(copy: Path) -> None:
+    import torch
+
+    if torch.version.cuda is None:
+        pytest.skip("torch is a build without CUDA")
+    home = copy / "cuda"
+    (home / "bin").mkdir(parents=True)
+    (home / "include").mkdir()
+    (home / "include" / "cuda_runtime.h").touch()
+    nvcc = home / "bin" / "nvcc"
+    nvcc.write_text(
+        f"#!/bin/sh\n[ $# = 1 ] && echo release {torch.version.cuda}, && exit 0\n"
+        "echo unsupported compiler >&2; exit 1\n"
+    )
+    nvcc.chmod(0o755)
+    shutil.copytree(REPO / "csrc", copy / "csrc")
+    built = build(copy, CUDA_HOME=str(home), CXXFLAGS="-O0")
+    assert built.returncode == 0, built.stderr
+    assert said_by(copy).startswith("CPU kernels; no CUDA kernels: they didn't compile (")
+    assert len(list(copy.glob("**/ops/_cpu*.so"))) >= 1
+    assert not list(copy.glob("**/ops/_cuda*.so"))

@@ -25,6 +25,8 @@ ROW_KINDS = (
     "certain",
     "impossible target",
     "first half impossible",
+    "first half masked",
+    "masked but for the target",
     "nothing possible",
     "nan",
     "nan alone",
@@ -54,6 +56,10 @@ def _shape_row(row_V: Tensor, kind: str, *, target: int, number: int) -> None:
             row_V[target] = -math.inf
         case "first half impossible":
             row_V[: size // 2] = -math.inf
+        case "first half masked":
+            row_V[: size // 2] = -3e38
+        case "masked but for the target":
+            row_V[torch.arange(size) != target] = -3e38
         case "nothing possible":
             row_V.fill_(-math.inf)
         case "nan":
