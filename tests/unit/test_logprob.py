@@ -185,6 +185,17 @@ def test_rows_apart_and_strided_gradients_give_the_same(logprob: Logprob) -> Non
     assert torch.equal(apart.grad, logits.grad)
 
 
+def test_rows_that_share_memory_are_refused_where_the_gradient_overwrites_them(
+    layout: Layout,
+) -> None:
+    arguments = {"vocab_size": 30, "tp_group": layout.groups.tp}
+    logits, targets, _ = batch(1, 30)
+    expanded = logits.expand(4, 30)
+    vocab_parallel_logprob(expanded, targets.expand(4), **arguments)
+    with pytest.raises(ValueError, match="logits_NVp: rows of 30 columns with stride 0 overlap"):
+        vocab_parallel_logprob(expanded, targets.expand(4), **arguments, inplace_backward=True)
+
+
 def test_logits_with_a_stride_along_the_columns_are_refused(logprob: Logprob) -> None:
     logits, targets, _ = batch(10, 30)
     strided = torch.stack([logits, logits + 1], dim=-1)[..., 0]

@@ -57,6 +57,10 @@ BAD_ROWS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
         {"logits_NVp": torch.zeros(ROWS, 2 * COLUMNS)[:, ::2]},
         ("logits_NVp must have stride 1 along the columns, got 2: call .contiguous() first",),
     ),
+    "negated": (
+        {"logits_NVp": torch._neg_view(torch.zeros(ROWS, COLUMNS))},
+        ("logits_NVp is a lazily negated view: call .resolve_neg() first",),
+    ),
     "transposed": (
         {"logits_NVp": torch.zeros(COLUMNS, ROWS).t()},
         ("logits_NVp must have stride 1 along the columns, got 3",),
@@ -154,6 +158,7 @@ def test_rows_that_overlap_are_read_but_not_written(logits_NVp: Tensor) -> None:
         (torch.zeros(ROWS, 4).double(), "stats_N4 must be [3, 4] fp32, got (3, 4) torch.float64"),
         (torch.zeros(4, ROWS).t(), "stats_N4 must be contiguous, got strides (1, 3)"),
         (torch.zeros(ROWS, 4, device="meta"), "stats_N4 is on meta, expected cpu"),
+        (torch.zeros(13)[1:].view(ROWS, 4), "stats_N4 must start at a multiple of 16 bytes"),
     ],
 )
 def test_states_that_do_not_fit_are_refused(stats: Tensor, message: str) -> None:
