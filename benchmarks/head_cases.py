@@ -33,19 +33,23 @@ class HeadStep:
         vocab_size: int,
         hidden_size: int,
         dtype: str,
+        device: str,
     ) -> None:
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator(device).manual_seed(0)
 
         def normal(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=generator)
+            return torch.randn(*shape, generator=generator, device=device)
 
         weight_VH = normal(vocab_size, hidden_size).mul_(1.5 / math.sqrt(hidden_size))
         weight_VH = weight_VH.to(DTYPES[dtype]).requires_grad_()
         weight_VH.main_grad = torch.zeros_like(weight_VH, dtype=torch.float32)
         self._hidden_NH = normal(num_tokens, hidden_size).to(DTYPES[dtype]).requires_grad_()
-        self._targets_N = torch.randint(vocab_size, (num_tokens,), generator=generator)
+        self._targets_N = torch.randint(
+            vocab_size, (num_tokens,), generator=generator, device=device
+        )
         self._teacher_logp_N = -math.log(vocab_size) + normal(num_tokens).clamp(max=3)
-        self._head = LMHead(weight_VpH=weight_VH, vocab_size=vocab_size, tp_group=group_of_one())
+        group = group_of_one(device)
+        self._head = LMHead(weight_VpH=weight_VH, vocab_size=vocab_size, tp_group=group)
         self._loss = loss
         self.steps = {"step": self._step}
 

@@ -1,6 +1,6 @@
 """Time and memory of log-probs, and of the LM head that is fused with them, beside other ways.
 
-    python benchmarks/logprob.py [--quick] [--json FILE]
+    python benchmarks/logprob.py [--device cpu|cuda] [--quick] [--json FILE]
 
 Each case runs in a process of its own; all take turns in each round, and the best of the rounds
 counts, so that what disturbs the machine for a while disturbs all of them. Read the ratios: the
@@ -20,6 +20,7 @@ import torch
 from workers import Measured, measure
 
 from poweropd_megatron.ops.backends import compiled
+from poweropd_megatron.ops.compiled_rows import CompiledRows
 
 Results = dict[str, dict[str, Measured]]
 
@@ -38,6 +39,9 @@ HEADS = {
     "recompute": partial(head_cases.HeadStep, head_cases.recomputed),
     "materialized": partial(head_cases.HeadStep, head_cases.materialized),
 }
+V = 151936
+LOGPROB_TOKENS = {"cpu": 1024, "cuda": 8192}
+HEAD_TOKENS = {"cpu": 4096, "cuda": 16384}
 TARGETS = {
     "fwd_vs_compile": (">=", 3.0),
     "fwd_vs_compile_fp32": (">=", 3.0),
@@ -62,30 +66,35 @@ def main() -> None:
         "--quick", action="store_true", help="small shapes and few rounds: half a minute"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to this file")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="where to measure (default: cpu)"
+    )
     arguments = parser.parse_args()
     if arguments.json and not arguments.json.absolute().parent.is_dir():
         parser.error(f"--json {arguments.json}: {arguments.json.absolute().parent} is no folder")
-    kernels = compiled("cpu")
+    device = arguments.device
+    if device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no GPU")
+    kernels = compiled(device)
     if isinstance(kernels, str):
         parser.error(f"the compiled kernels can't be loaded: {kernels}")
-    print(f"{_processor()}, {os.cpu_count()} cores, torch {torch.__version__}, ", end="")
-    print(f"{kernels.module.capabilities()[0]} kernels")
-    figures = measure_logprobs(arguments.quick) | measure_heads(arguments.quick)
-    if not arguments.quick:
+    print(f"{_describe(device, kernels)}, torch {torch.__version__}")
+    figures = measure_logprobs(device, arguments.quick) | measure_heads(device, arguments.quick)
+    if device == "cpu" and not arguments.quick:
         _print_targets(figures)
     if arguments.json:
         arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
 
 
-def measure_logprobs(quick: bool) -> dict[str, float]:
+def measure_logprobs(device: str, quick: bool) -> dict[str, float]:
     """Return the figures of log-probs from logits that are there already."""
-    num_tokens, vocab_size, rounds = (128, 32000, 3) if quick else (1024, 151936, 6)
+    num_tokens, vocab_size, rounds = (128, 32000, 3) if quick else (LOGPROB_TOKENS[device], V, 6)
     figures: dict[str, float] = {}
     for dtype, suffix in (("bf16", ""), ("fp32", "_fp32")):
         print(f"\nlog-probs: N {num_tokens}, V {vocab_size}, {dtype} logits")
         shape = {"num_tokens": num_tokens, "vocab_size": vocab_size, "dtype": dtype}
-        builds = {name: partial(case, **shape) for name, case in LOGPROBS.items()}
-        results = measure(builds, rounds=rounds, with_allocations=True)
+        builds = {name: partial(case, **shape, device=device) for name, case in LOGPROBS.items()}
+        results = measure(builds, device=device, rounds=rounds, with_allocations=True)
         num_bytes = num_tokens * vocab_size * logprob_cases.DTYPES[dtype].itemsize
         read = min(step.seconds for step in results.pop("plain read").values())
         _print_logprobs(results, read, num_bytes, num_tokens)
@@ -106,9 +115,9 @@ def measure_logprobs(quick: bool) -> dict[str, float]:
     return figures
 
 
-def measure_heads(quick: bool) -> dict[str, float]:
+def measure_heads(device: str, quick: bool) -> dict[str, float]:
     """Return the figures of one policy-gradient step from hidden states."""
-    num_tokens, vocab_size = (512, 8192) if quick else (4096, 151936)
+    num_tokens, vocab_size = (512, 8192) if quick else (HEAD_TOKENS[device], V)
     figures: dict[str, float] = {}
     for dtype in ("fp32", "bf16"):
         for hidden_size in (64,) if quick else (1024, 2048):
@@ -121,18 +130,19 @@ def measure_heads(quick: bool) -> dict[str, float]:
                 "vocab_size": vocab_size,
                 "hidden_size": hidden_size,
                 "dtype": dtype,
+                "device": device,
             }
             builds = {name: partial(case, **shape) for name, case in HEADS.items()}
-            results = measure(builds, rounds=2, with_allocations=False)
+            results = measure(builds, device=device, rounds=2, with_allocations=False)
             steps = {name: steps["step"] for name, steps in results.items()}
             whole = steps["materialized"]
             print(f"  {'':24}{'ms':>9}{'ratio':>8}{'peak MB':>9}{'ratio':>8}")
             for name, step in steps.items():
                 time_ratio = step.seconds / whole.seconds
-                peak_ratio = step.resident_bytes / whole.resident_bytes
+                peak_ratio = step.peak_bytes / whole.peak_bytes
                 print(
-                    f"  {name:24}{1e3 * step.seconds:9.0f}{time_ratio:8.3f}"
-                    f"{step.resident_bytes / 1e6:9.0f}{peak_ratio:8.3f}"
+                    f"  {name:24}{1e3 * step.seconds:9.1f}{time_ratio:8.3f}"
+                    f"{step.peak_bytes / 1e6:9.0f}{peak_ratio:8.3f}"
                 )
                 if name != "materialized":
                     for figure, ratio in (("peak", peak_ratio), ("time", time_ratio)):
@@ -146,14 +156,14 @@ def _print_logprobs(results: Results, read: float, num_bytes: int, num_tokens: i
     ours = results["row kernels"]
     print(f"  {'':26}{'fwd ms':>8}{'ratio':>7}{'GB/s':>7}{'fwd+bwd ms':>12}{'ratio':>7}", end="")
     print(f"{'extra B/token':>15}")
-    print(f"  {'plain read':26}{1e3 * read:8.1f}{'':7}{num_bytes / read / 1e9:7.1f}")
+    print(f"  {'plain read':26}{1e3 * read:8.2f}{'':7}{num_bytes / read / 1e9:7.1f}")
     for name, steps in results.items():
         forward, both = steps["forward"], steps["both"]
         extra = max(forward.allocated_bytes or 0, both.allocated_bytes or 0) / num_tokens
         print(
-            f"  {name:26}{1e3 * forward.seconds:8.1f}"
+            f"  {name:26}{1e3 * forward.seconds:8.2f}"
             f"{forward.seconds / ours['forward'].seconds:7.1f}"
-            f"{num_bytes / forward.seconds / 1e9:7.1f}{1e3 * both.seconds:12.1f}"
+            f"{num_bytes / forward.seconds / 1e9:7.1f}{1e3 * both.seconds:12.2f}"
             f"{both.seconds / ours['both'].seconds:7.1f}{extra:15,.0f}"
         )
 
@@ -164,6 +174,12 @@ def _print_targets(figures: dict[str, float]) -> None:
         value = figures[name]
         is_met = value >= bound if relation == ">=" else value <= bound
         print(f"  {name:32}{value:9.3f}   {relation} {bound:g}: {'met' if is_met else 'missed'}")
+
+
+def _describe(device: str, kernels: CompiledRows) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    return f"{_processor()}, {os.cpu_count()} cores, {kernels.module.capabilities()[0]} kernels"
 
 
 def _processor() -> str:

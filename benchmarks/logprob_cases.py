@@ -24,14 +24,16 @@ _TOLERANCE = 1e-4
 class Logits:
     """Random logits [N, V], a target and an upstream gradient for each row."""
 
-    def __init__(self, num_tokens: int, vocab_size: int, dtype: str) -> None:
+    def __init__(self, num_tokens: int, vocab_size: int, dtype: str, device: str) -> None:
         generator = torch.Generator().manual_seed(0)
         rows = min(_BLOCK_ROWS, num_tokens)
-        self._block = (3 * torch.randn(rows, vocab_size, generator=generator)).to(DTYPES[dtype])
+        block = 3 * torch.randn(rows, vocab_size, generator=generator)
+        self._block = block.to(device, DTYPES[dtype])
         self.logits_NV = self._block.new_empty(num_tokens, vocab_size).requires_grad_()
-        self.targets_N = torch.randint(vocab_size, (num_tokens,), generator=generator)
-        self.grad_N = torch.randn(num_tokens, generator=generator)
-        self.group = group_of_one()
+        targets_N = torch.randint(vocab_size, (num_tokens,), generator=generator)
+        self.targets_N = targets_N.to(device)
+        self.grad_N = torch.randn(num_tokens, generator=generator).to(device)
+        self.group = group_of_one(device)
         self.prepare()
 
     def prepare(self) -> None:
@@ -59,8 +61,9 @@ class Differentiable:
         num_tokens: int,
         vocab_size: int,
         dtype: str,
+        device: str,
     ) -> None:
-        self._data = Logits(num_tokens, vocab_size, dtype)
+        self._data = Logits(num_tokens, vocab_size, dtype, device)
         self._logprob = make(self._data)
         self.steps = {"forward": self._forward, "both": self._both}
         self._data.check(self._forward())
@@ -134,8 +137,10 @@ def megatron_fused(data: Logits) -> Callable[[Tensor, Tensor], Tensor]:
 class Kernels:
     """This project's kernels without autograd."""
 
-    def __init__(self, with_entropy: bool, num_tokens: int, vocab_size: int, dtype: str) -> None:
-        self._data = Logits(num_tokens, vocab_size, dtype)
+    def __init__(
+        self, with_entropy: bool, num_tokens: int, vocab_size: int, dtype: str, device: str
+    ) -> None:
+        self._data = Logits(num_tokens, vocab_size, dtype, device)
         self._with_entropy = with_entropy
         self._columns = {"first_column": 0, "vocab_size": vocab_size}
         self.steps = {"forward": self._forward, "both": self._both}
@@ -172,8 +177,8 @@ class Kernels:
 class PlainRead:
     """Ways to read the logits' bytes once, on all threads or one; the best is the memory's rate."""
 
-    def __init__(self, num_tokens: int, vocab_size: int, dtype: str) -> None:
-        self._data = Logits(num_tokens, vocab_size, dtype)
+    def __init__(self, num_tokens: int, vocab_size: int, dtype: str, device: str) -> None:
+        self._data = Logits(num_tokens, vocab_size, dtype, device)
         flat = self._data.logits_NV.detach().view(-1)
         floats_NV = flat.view(torch.float32).view(num_tokens, -1)
         integers = flat[: flat.numel() // 8 * 8].view(torch.int64)
@@ -182,15 +187,17 @@ class PlainRead:
             "sum of int64": lambda: integers.sum(),
             "maximum": lambda: floats_NV.max(),
             "maximum of rows": lambda: floats_NV.amax(1),
-            "maximum by numpy": lambda: floats_NV.numpy().max(),
         }
+        if device == "cpu":
+            self.steps["maximum by numpy"] = lambda: floats_NV.numpy().max()
 
     def prepare(self) -> None:
         """Write the logits anew, as all others do."""
         self._data.prepare()
 
 
-def group_of_one() -> dist.ProcessGroup:
+def group_of_one(device: str) -> dist.ProcessGroup:
     if not dist.is_initialized():
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        backend = "nccl" if device == "cuda" else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     return dist.group.WORLD

@@ -3,7 +3,6 @@
 import multiprocessing
 import os
 import sys
-import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -38,14 +37,18 @@ class Measured:
 
     seconds: float = float("inf")
     """The least."""
-    resident_bytes: int = 0
-    """The most by which the process grew during the step."""
+    peak_bytes: int = 0
+    """The most memory that the step took at once: on a CPU, by which the process grew."""
     allocated_bytes: int | None = None
     """The most that torch allocated at once; None unless it was asked for."""
 
 
 def measure(
-    builds: Mapping[str, Callable[[], Case]], *, rounds: int, with_allocations: bool
+    builds: Mapping[str, Callable[[], Case]],
+    *,
+    device: str,
+    rounds: int,
+    with_allocations: bool,
 ) -> dict[str, dict[str, Measured]]:
     """Return what was measured of each case and step: in each round every step has its turn once.
 
@@ -54,7 +57,8 @@ def measure(
     """
     with ExitStack() as stack:
         workers = {
-            name: stack.enter_context(_Worker(name, build)) for name, build in builds.items()
+            name: stack.enter_context(_Worker(name, build, device))
+            for name, build in builds.items()
         }
         results = {
             name: {step: Measured() for step in worker.receive()}
@@ -64,10 +68,10 @@ def measure(
         for number in range(rounds):
             print(f"\r  round {number + 1} of {rounds}", end="", file=sys.stderr, flush=True)
             for name, step in turns:
-                seconds, resident_bytes = workers[name].ask("time", step)
+                seconds, peak_bytes = workers[name].ask("time", step)
                 result = results[name][step]
                 result.seconds = min(result.seconds, seconds)
-                result.resident_bytes = max(result.resident_bytes, resident_bytes)
+                result.peak_bytes = max(result.peak_bytes, peak_bytes)
         print(file=sys.stderr)
         if with_allocations:
             for name, step in turns:
@@ -78,7 +82,7 @@ def measure(
 class _Worker:
     """A process that builds a case and then runs its steps on demand."""
 
-    def __init__(self, name: str, build: Callable[[], Case]) -> None:
+    def __init__(self, name: str, build: Callable[[], Case], device: str) -> None:
         self.name = name
         # torch reads these when it is first imported or compiles, in the process that is forked.
         os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
@@ -86,7 +90,7 @@ class _Worker:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(list(PRELOADED))
         self._connection, other_end = context.Pipe()
-        self._process = context.Process(target=_serve, args=(build, other_end), daemon=True)
+        self._process = context.Process(target=_serve, args=(build, device, other_end), daemon=True)
         self._process.start()
         other_end.close()
 
@@ -110,20 +114,16 @@ class _Worker:
             raise RuntimeError(f"the case {self.name!r} failed: see above") from None
 
 
-def _serve(build: Callable[[], Case], connection: Connection) -> None:
-    import memory
+def _serve(build: Callable[[], Case], device: str, connection: Connection) -> None:
+    import meters
 
+    meter = meters.METERS[device]
     case = build()
     connection.send(list(case.steps))
     while True:
         what, name = connection.recv()
-        case.prepare()
-        step = case.steps[name]
         if what == "allocations":
-            connection.send(memory.allocated_peak(step))
-            continue
-        before_bytes = memory.start_resident_peak()
-        begin = time.perf_counter()
-        step()
-        seconds = time.perf_counter() - begin
-        connection.send((seconds, memory.resident_peak() - before_bytes))
+            case.prepare()
+            connection.send(meter.allocated_peak(case.steps[name]))
+        else:
+            connection.send(meter.time(case.prepare, case.steps[name]))

@@ -15,7 +15,8 @@
 #   NPROC_PER_NODE            the same, and the way to have several on CPU (1 without GPUs)
 #   OMP_NUM_THREADS           threads per process on CPU                   (cores / processes)
 #   POWEROPD_PYTHON           Python to run                                (see setup_env.sh)
-# Exit code 2 says that the settings, the input or the variables above are wrong.
+# Exit code 2 says that the settings, the input or the variables above are wrong; 130 and 143, that
+# Ctrl-C or SIGTERM ended the run, which the same command goes on with.
 
 set -euo pipefail
 
@@ -99,6 +100,7 @@ exec "${command[@]}"
 """
 
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -107,10 +109,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 # Megatron's checkpoint writer may spawn processes, which import this file again.
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Until main() listens, Ctrl-C just ends this.
     from poweropd_megatron.cli.main import main
 
     code = main(["train", *sys.argv[1:]])
-    if code != 0 and os.environ.get("RANK", "0") != "0":
+    if code == 2 and os.environ.get("RANK", "0") != "0":
         # torchrun ends every rank as soon as one fails, and rank 0 may still have to say why.
         time.sleep(10)
     sys.exit(code)

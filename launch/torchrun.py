@@ -5,14 +5,18 @@ which the ranks have explained) would look like a crash.
 """
 
 import logging
+import signal
 import sys
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Until torchrun listens, Ctrl-C just ends this.
 
 from torch.distributed import run
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-EXIT_CODE_BAD_INPUT = 2
-REPORTED_HERE = ("failed (exitcode", "Sending process")
+EXPLAINED_BY_RANKS = (2, 128 + signal.SIGINT, 128 + signal.SIGTERM)
+REPORTED_HERE = ("failed (exitcode", "Sending process", "Received %s death signal")
 
 
 def is_news(record: logging.LogRecord) -> bool:
@@ -22,7 +26,8 @@ def is_news(record: logging.LogRecord) -> bool:
 
 def main(argv: list[str]) -> int:
     """Return 0, the first failure's exit code, or 128 + the signal that ended the rank or this."""
-    logging.getLogger("torch.distributed.elastic.multiprocessing.api").addFilter(is_news)
+    for name in ("multiprocessing.api", "agent.server.api"):
+        logging.getLogger(f"torch.distributed.elastic.{name}").addFilter(is_news)
     try:
         run.run(run.parse_args(argv))
     except ChildFailedError as error:
@@ -30,7 +35,7 @@ def main(argv: list[str]) -> int:
         if failure.exitcode < 0:
             print(f"rank {rank} was ended by {failure.signal_name()}", file=sys.stderr)
             return 128 - failure.exitcode
-        if failure.exitcode != EXIT_CODE_BAD_INPUT:
+        if failure.exitcode not in EXPLAINED_BY_RANKS:
             print(f"rank {rank} failed first, with exit code {failure.exitcode}", file=sys.stderr)
         return failure.exitcode
     except SignalException as error:

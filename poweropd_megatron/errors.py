@@ -19,5 +19,5 @@ class CheckpointError(UserError):
     """A checkpoint that is incomplete, corrupt, or belongs to another run."""
 
 
-class NonFiniteError(RuntimeError):
-    """A NaN or infinity in training; raised on every rank before it reaches the weights."""
+class NonFiniteError(UserError):
+    """A NaN or infinity in a model or in training; raised before it reaches the weights."""

@@ -6,12 +6,12 @@ Nothing heavy is imported before it is needed, so that --help and a wrong settin
 import argparse
 import contextlib
 import io
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from poweropd_megatron import __version__
+from poweropd_megatron import __version__, interruption
+from poweropd_megatron.environment import check_rank_variables, speaks_for_node, world_size
 from poweropd_megatron.errors import EXIT_CODE_BAD_INPUT, UserError
 
 _DESCRIPTION = """\
@@ -28,19 +28,25 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Such an error is one message on stderr, from rank 0 alone in a job of many ranks; any other
     exception passes through. train.run.run_training therefore raises a UserError on every rank.
+    After Ctrl-C it is 130, after SIGTERM 143, with one message too.
 
     Raises: SystemExit from --help, --version, --print_config and a malformed command line.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        if arguments[:1] == ["train"]:
-            _train(arguments[1:])
-        else:
-            _report(Path(_parser().parse_args(arguments).run_dir))
+        with interruption.raising():
+            if arguments[:1] == ["train"]:
+                _train(arguments[1:])
+            else:
+                _report(Path(_parser().parse_args(arguments).run_dir))
     except UserError as error:
-        if _rank() == 0:
+        if speaks_for_node():
             print(f"poweropd: error: {error}", file=sys.stderr)
         return EXIT_CODE_BAD_INPUT
+    except interruption.Interrupted as signal:
+        if speaks_for_node() and not signal.is_told:
+            print(f"poweropd: interrupted by {signal}; run the same command again", file=sys.stderr)
+        return signal.exit_code
     return 0
 
 
@@ -68,10 +74,11 @@ def _train(argv: Sequence[str]) -> None:
     from poweropd_megatron.config.load import parse_train_config
     from poweropd_megatron.config.rules import check
 
+    check_rank_variables()
     silent = contextlib.redirect_stdout(io.StringIO())
-    with contextlib.nullcontext() if _rank() == 0 else silent:
+    with contextlib.nullcontext() if speaks_for_node() else silent:
         config = parse_train_config(argv)
-    check(config, world_size=int(os.environ.get("WORLD_SIZE", "1")))
+    check(config, world_size=world_size() or 1)
 
     from poweropd_megatron.train.run import run_training
 
@@ -82,10 +89,6 @@ def _report(run_dir: Path) -> None:
     from poweropd_megatron.telemetry.report import write_report
 
     print(write_report(run_dir))
-
-
-def _rank() -> int:
-    return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ command line, which carry no types of their own, and writes --help.
 
 import argparse
 import dataclasses
-import os
 import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,6 +25,7 @@ from poweropd_megatron.config.settings import (
     not_a_setting,
     wrong_type,
 )
+from poweropd_megatron.environment import world_size
 from poweropd_megatron.errors import ConfigError
 
 _DESCRIPTION = """\
@@ -61,8 +61,7 @@ def parse_train_config(argv: Sequence[str]) -> TrainConfig:
     for path in options.config:
         values |= read_toml(Path(path))
     config: TrainConfig = _build(TrainConfig, _override(values, overrides))
-    world_size = os.environ.get("WORLD_SIZE")
-    check(config, world_size=int(world_size) if world_size else None)
+    check(config, world_size=world_size())
     if options.print_config:
         print(to_toml(config), end="")
         raise SystemExit(0)

@@ -143,13 +143,14 @@ def _check_schedule(optimizer: OptimizerConfig, train_steps: int) -> None:
         raise ConfigError(
             f"optimizer.min_lr = {optimizer.min_lr} must not exceed optimizer.lr = {optimizer.lr}"
         )
-    ends = {"train_steps": train_steps, "optimizer.lr_decay_iters": optimizer.lr_decay_iters}
-    for name, end in ends.items():
-        if end is not None and optimizer.lr_warmup_iters >= end:
-            raise ConfigError(
-                f"optimizer.lr_warmup_iters = {optimizer.lr_warmup_iters} must be less than "
-                f"{name} = {end}: use at most {end - 1}"
-            )
+    name, end = "optimizer.lr_decay_iters", optimizer.lr_decay_iters
+    if end is None:
+        name, end = "train_steps", train_steps
+    if optimizer.lr_warmup_iters >= end:
+        raise ConfigError(
+            f"optimizer.lr_warmup_iters = {optimizer.lr_warmup_iters} must be less than "
+            f"{name} = {end}: use at most {end - 1}"
+        )
 
 
 def _check_data(data: DataConfig) -> None:

@@ -11,7 +11,9 @@ import logging
 import signal
 import sys
 
-import math_verify
+signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then ends this.
+
+import math_verify  # noqa: E402
 
 ORPHAN_SECONDS = 60
 

@@ -1,5 +1,6 @@
 """The shape of a Qwen3 model, read from its config.json."""
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,19 +38,23 @@ class Qwen3Config:
         raw = read_json(config_path, setting)
         _refuse_what_is_not_modelled(raw, config_path, setting)
 
-        def value(name: str, kind: type[int] | type[float]) -> Any:
-            found = raw.get(name)
-            if isinstance(found, bool) or not isinstance(found, kind) or found <= 0:
-                raise InputError(
-                    f"{setting}: {config_path}: {name} is {found!r}, expected a number above 0"
-                )
-            return found
-
         rotary_base = raw.get("rope_theta", (raw.get("rope_parameters") or {}).get("rope_theta"))
-        if not isinstance(rotary_base, int | float):
+        if rotary_base is None:
             raise InputError(
                 f"{setting}: {config_path} has neither rope_theta nor rope_parameters.rope_theta"
             )
+        raw["rope_theta"] = rotary_base
+
+        def value(name: str, kind: type[int] | type[float]) -> Any:
+            found: Any = raw.get(name)
+            is_number = isinstance(found, int | kind) and not isinstance(found, bool)
+            if not is_number or not 0 < found <= sys.float_info.max:
+                expected = "an integer" if kind is int else "a finite number"
+                raise InputError(
+                    f"{setting}: {config_path}: {name} is {found!r}, expected {expected} above 0"
+                )
+            return kind(found)
+
         return cls(
             num_layers=value("num_hidden_layers", int),
             hidden_size=value("hidden_size", int),
@@ -60,7 +65,7 @@ class Qwen3Config:
             vocab_size=value("vocab_size", int),
             max_position_embeddings=value("max_position_embeddings", int),
             layernorm_epsilon=value("rms_norm_eps", float),
-            rotary_base=float(rotary_base),
+            rotary_base=value("rope_theta", float),
             tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
         )
 

@@ -12,11 +12,6 @@ from poweropd_megatron.errors import UserError
 from poweropd_megatron.parallel import cpu_device
 
 
-def world_size_from_environment() -> int:
-    """Return the number of ranks that torchrun started, 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
 def start(*, timeout_minutes: float) -> torch.device:
     """Return this rank's device, after joining the job: NCCL with a GPU a rank, gloo on CPUs."""
     if torch.cuda.is_available():
@@ -54,14 +49,35 @@ def agreed[T](step: Callable[[], T]) -> T:
         result = step()
     except UserError as raised:
         error = raised
-    errors: list[UserError | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(errors, error)
+    errors = _of_all_ranks(error)
     for rank, found in enumerate(errors):
         if found is not None:
             if errors.count(None) == 0:
                 raise found
             raise type(found)(f"{found} (on rank {rank})")
     return result  # type: ignore[return-value]
+
+
+def on_first_rank(step: Callable[[], None]) -> None:
+    """Call `step` on rank 0; if it raised a UserError, raise that on all ranks as it is.
+
+    Cost: one all_gather_object.
+    """
+    error: UserError | None = None
+    if dist.get_rank() == 0:
+        try:
+            step()
+        except UserError as raised:
+            error = raised
+    found = _of_all_ranks(error)[0]
+    if found is not None:
+        raise found
+
+
+def _of_all_ranks(error: UserError | None) -> list[UserError | None]:
+    errors: list[UserError | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(errors, error)
+    return errors
 
 
 def share_rows(

@@ -15,6 +15,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.utils import set_model_to_sequence_parallel
 from torch import Tensor
 
+from poweropd_megatron.models.finite import check_finite
 from poweropd_megatron.models.kv_cache import KVCache, attached
 from poweropd_megatron.models.scoring import NextToken, next_token_logits
 from poweropd_megatron.parallel.layout import Layout
@@ -83,6 +84,7 @@ class MegatronRolloutEngine:
     ) -> Trajectories:
         """Return one response for each prompt; see RolloutEngine.
 
+        Raises: NonFiniteError on every rank if the student's log-probs were NaN.
         Cost: one forward a token and micro-batch; with TP a gather of the logits and with TP or PP
         a broadcast of the tokens each; at the end one all_reduce of each field of the trajectories.
         """
@@ -94,7 +96,14 @@ class MegatronRolloutEngine:
             ):
                 own_prompts = [prompts[i] for i in rows[part].tolist()]
                 self._decode(own_prompts, rows[part], part, responses, sampling, stream)
-        return self._assemble(prompts, rows, responses, weight_version)
+        trajectories = self._assemble(prompts, rows, responses, weight_version)
+        check_finite(
+            "log-probs of the rollout",
+            trajectories.behaviour_logp_BT,
+            _advice(weight_version),
+            may_be_impossible=True,
+        )
+        return trajectories
 
     @contextmanager
     def _decoding_mode(self) -> Iterator[None]:
@@ -245,3 +254,16 @@ class MegatronRolloutEngine:
             truncated_mass_BT=place(torch.zeros(shape), responses.truncated_mass),
             weight_version=weight_version,
         )
+
+
+def _advice(weight_version: int) -> str:
+    """Return what to look into when the student can't draw: its folder, or what training did."""
+    if weight_version == 0:
+        return (
+            "the student hasn't been trained yet. Check the weights in student.path for NaN, and "
+            "whether student.dtype can hold its activations"
+        )
+    return (
+        f"{weight_version} steps of training have made the student so. Lower optimizer.lr or set "
+        "optimizer.clip_grad, and go on from an earlier checkpoint or start anew"
+    )

@@ -80,10 +80,12 @@ def _keep_top(sorted_BV: Tensor, sampling: Sampling) -> Tensor:
 def _invert(probs_BV: Tensor, uniform_B: Tensor) -> Tensor:
     """Return the first column whose cumulative probability exceeds the uniform share of the total.
 
-    A column of probability zero is never returned: the cumulative sum doesn't rise there.
+    A column of probability zero is never returned: the cumulative sum doesn't rise there. For NaN,
+    which no column exceeds, it is the last.
     """
     cumulative_BV = probs_BV.cumsum(dim=1, dtype=torch.float64)
     total_B = cumulative_BV[:, -1]
     below_total_B = torch.nextafter(total_B, torch.zeros_like(total_B))
     target_B = torch.minimum(uniform_B.to(total_B.device) * total_B, below_total_B)
-    return torch.searchsorted(cumulative_BV, target_B[:, None], right=True)[:, 0]
+    column_B = torch.searchsorted(cumulative_BV, target_B[:, None], right=True)[:, 0]
+    return column_B.clamp(max=probs_BV.shape[1] - 1)

@@ -14,6 +14,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from poweropd_megatron.interruption import Interrupted
 from poweropd_megatron.telemetry.text import (
     MISSING,
     evaluation_measures,
@@ -65,8 +66,13 @@ class Console:
         traceback: TracebackType | None,
     ) -> None:
         self._close_live()
-        if kind is not None:
+        if kind is not None and kind is not Interrupted:
             self._log(f"ended by {kind.__name__}: {error}")
+
+    @property
+    def last_step(self) -> int:
+        """Return the last step that was finished, by this start or by earlier ones."""
+        return self._last_step
 
     def info(self, text: str) -> None:
         """Say a line or several."""

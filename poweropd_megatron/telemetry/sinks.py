@@ -36,7 +36,7 @@ class JsonlSink:
 
         Call it on every start, so that no record is appended to a torn line.
 
-        Raises: InputError for a torn line that is not the last.
+        Raises: InputError for a torn line that is not the last, or a line without a "step".
         """
         if not self.path.exists():
             return
@@ -47,7 +47,7 @@ class JsonlSink:
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """Return the records of a file that may still be written to: a torn last line is left out.
 
-    Raises: InputError for any other line that is not a JSON object, with its number.
+    Raises: InputError for any other line that is not a JSON object with a "step", with its number.
     """
     return [record for _, record in _complete_lines(path)]
 
@@ -85,8 +85,14 @@ def _complete_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             raise InputError(
                 f"{path}, line {number}: not a JSON record ({error}); delete the line to go on"
             ) from error
-        if text.endswith("\n"):
-            yield text, record
+        if not text.endswith("\n"):
+            continue
+        if not isinstance(record, dict) or type(record.get("step")) is not int:
+            raise InputError(
+                f'{path}, line {number}: expected a JSON object with an integer "step", as runs '
+                "write it; delete the line, or move the file, to go on"
+            )
+        yield text, record
 
 
 def _finite(value: Any) -> Any:

@@ -1,9 +1,7 @@
 """Everything that a run reads before it touches a model, checked while an error costs nothing."""
 
-import os
 from dataclasses import dataclass
 from itertools import groupby
-from pathlib import Path
 
 from poweropd_megatron.config import rules
 from poweropd_megatron.config.schema import TrainConfig
@@ -15,6 +13,7 @@ from poweropd_megatron.models.hf_folder import HFFolder
 from poweropd_megatron.models.hf_weights import weights_of
 from poweropd_megatron.models.qwen3 import Qwen3Config
 from poweropd_megatron.ops.backends import reference_is_asked_for
+from poweropd_megatron.train.output_folder import check_place
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +39,7 @@ def read_inputs(config: TrainConfig, *, world_size: int) -> RunInputs:
     """
     rules.check(config, world_size)
     _check_kernels()
-    _check_output_dir(config.output_dir)
+    check_place(config)
     models = {}
     for name, part in (("student", config.student), ("teacher", config.teacher)):
         setting = f"{name}.path"
@@ -96,17 +95,6 @@ def _check_kernels() -> None:
         reference_is_asked_for()
     except ValueError as error:
         raise ConfigError(str(error)) from None
-
-
-def _check_output_dir(output_dir: str) -> None:
-    path = Path(output_dir)
-    if path.exists() and not path.is_dir():
-        raise ConfigError(f"output_dir: {path.absolute()} is a file; name a folder")
-    existing = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
-    if not existing.is_dir():
-        raise ConfigError(f"output_dir: {existing} is a file; name a folder that can be made")
-    if not os.access(existing, os.W_OK):
-        raise ConfigError(f"output_dir: {existing} can't be written to; name another folder")
 
 
 def _check_tensors(model: Qwen3Config, folder: HFFolder) -> None:

@@ -10,7 +10,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from poweropd_megatron import interruption
+from poweropd_megatron.checkpoint.store import CheckpointStore
 from poweropd_megatron.config.schema import TrainConfig
+from poweropd_megatron.interruption import Interrupted
 from poweropd_megatron.telemetry.console import Console
 from poweropd_megatron.telemetry.report import write_report
 from poweropd_megatron.telemetry.sinks import JsonlSink, read_jsonl, write_json_atomically
@@ -43,7 +46,22 @@ class Recorder:
             total_steps=self._config.train_steps,
             log_interval=self._config.telemetry.log_interval,
         ) as self._console:
-            yield
+            try:
+                with interruption.raised():
+                    yield
+            except Interrupted as signal:
+                self._console.info(self._interrupted())
+                signal.is_told = True
+                raise
+
+    def _interrupted(self) -> str:
+        assert self._console
+        saved = CheckpointStore(self.folder / "checkpoints").steps()
+        checkpoint = f"checkpoint of step {saved[-1]} is there" if saved else "no checkpoint yet"
+        return (
+            f"interrupted after step {self._console.last_step}; {checkpoint}; run the same command "
+            "again to go on"
+        )
 
     def introduce(self, inputs: RunInputs) -> None:
         """Say what is trained on what, and warn of settings whose effect is easily overlooked."""
@@ -93,6 +111,7 @@ class Recorder:
         if self._console:
             for sink in (self._metrics, self._diagnostics, self._samples):
                 sink.truncate_after(step or -1)
+            self._metrics.path.touch()  # The user may have deleted it.
             self._console.start(step)
 
     def step(
@@ -119,9 +138,10 @@ class Recorder:
         self._metrics.write({"step": step, **metrics, **evaluated})
 
     def add_evaluation(self, step: int, evaluation: Evaluation) -> None:
-        """Record an evaluation of a step that was recorded before, in that step's line."""
+        """Record an evaluation of a step, in that step's line if it was recorded before."""
         if self._console:
-            *_, recorded = read_jsonl(self._metrics.path)
+            records = read_jsonl(self._metrics.path) if self._metrics.path.exists() else []
+            recorded = records[-1] if records and records[-1]["step"] == step else {}
             for sink in (self._metrics, self._samples):
                 sink.truncate_after(step - 1)
             metrics = {name: value for name, value in recorded.items() if name != "step"}
@@ -138,22 +158,28 @@ class Recorder:
 
 
 def summarise(records: list[dict[str, Any]], config: TrainConfig, export: Path) -> dict[str, Any]:
-    """Return the contents of summary.json, from the records of metrics.jsonl."""
-    steps = [record for record in records if record["step"] > 0]
+    """Return the contents of a finished run's summary.json, from the records of metrics.jsonl.
+
+    Times and gradient norms are of the steps that are recorded there: all, unless the user deleted
+    the file.
+    """
     evaluations = [
         {name.removeprefix("eval/"): value for name, value in record.items() if name[:5] == "eval/"}
         for record in records
     ]
     evaluations = [evaluation for evaluation in evaluations if evaluation]
+    steps = [record for record in records if "grad_norm" in record]
     norms = [record["grad_norm"] for record in steps]
     return {
         "before": evaluations[0] if evaluations else {},
         "after": evaluations[-1] if evaluations else {},
-        "steps": len(steps),
+        "steps": config.train_steps,
         "train_seconds": sum(
-            record[f"time/{phase}_seconds"] for record in steps for phase in TRAINING_PHASES
+            record.get(f"time/{phase}_seconds") or 0.0
+            for record in steps
+            for phase in TRAINING_PHASES
         ),
-        "grad_norm": {"median": statistics.median(norms), "max": max(norms)},
+        "grad_norm": {"median": statistics.median(norms), "max": max(norms)} if norms else {},
         "objective": asdict(config.objective),
         "student": config.student.path,
         "teacher": config.teacher.path,

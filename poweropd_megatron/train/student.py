@@ -20,8 +20,8 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from poweropd_megatron.config.schema import TrainConfig
-from poweropd_megatron.errors import NonFiniteError
 from poweropd_megatron.models.build import TORCH_DTYPES, build_model
+from poweropd_megatron.models.finite import check_finite
 from poweropd_megatron.models.qwen3 import Qwen3Config
 from poweropd_megatron.models.scoring import RewardedTokens, policy_gradient_of_chosen
 from poweropd_megatron.objectives.labels import Labels
@@ -31,6 +31,11 @@ from poweropd_megatron.parallel.layout import Layout
 from poweropd_megatron.parallel.world import own_rows, share_rows
 from poweropd_megatron.rollout.trajectories import Trajectories
 from poweropd_megatron.train.microbatches import MicroBatch, plan
+
+_ADVICE = (
+    "the weights were not changed. Lower optimizer.lr, set optimizer.clip_grad, or try "
+    "objective.kind = 'power'"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,9 +116,10 @@ class Student:
             micro_batch_size=self._micro_batch_size,
         )
         logp_BT, entropy_BT = self._collect(results, rows, trajectories.token_ids_BT.shape)
-        _check_finite("log-probs of the student", logp_BT)
+        check_finite("log-probs of the student", logp_BT, _ADVICE)
         self.optimizer.prepare_grads()
-        _check_finite("gradient norm", torch.tensor(float(self.optimizer.get_grad_norm())))
+        norm = torch.tensor(float(self.optimizer.get_grad_norm()))
+        check_finite("gradient norm", norm, _ADVICE)
         learning_rate = self.optimizer.param_groups[0]["lr"]
         _, grad_norm, _ = self.optimizer.step()
         self.schedule.step(increment=1)
@@ -223,12 +229,3 @@ def _build_optimizer(
         override_opt_param_scheduler=True,
     )
     return optimizer, schedule
-
-
-def _check_finite(what: str, values: Tensor) -> None:
-    bad = int((~values.isfinite()).sum())
-    if bad:
-        raise NonFiniteError(
-            f"{bad} of {values.numel()} values of the {what} are not finite; the weights were not "
-            "changed. Lower optimizer.lr, set optimizer.clip_grad, or try objective.kind = 'power'"
-        )

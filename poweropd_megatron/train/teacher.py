@@ -8,6 +8,7 @@ from torch import Tensor
 
 from poweropd_megatron.config.schema import DType, TeacherConfig
 from poweropd_megatron.models.build import TORCH_DTYPES, build_model
+from poweropd_megatron.models.finite import check_finite
 from poweropd_megatron.models.qwen3 import Qwen3Config
 from poweropd_megatron.models.scoring import score_chosen
 from poweropd_megatron.objectives.labels import Labels
@@ -39,6 +40,7 @@ class Teacher:
         """Return log p_T of each token in the loss, [B, T] fp32 on the CPU of every rank; 0
         elsewhere.
 
+        Raises: NonFiniteError on every rank for NaN or +inf; -inf is a token that can't be.
         Cost: a forward of each sequence on one of the teacher's copies, then one all_reduce of the
         result.
         """
@@ -68,10 +70,16 @@ class Teacher:
             )
             if logp_N is not None:
                 micro_batch.put(logp_BT, logp_N)
-        return share_rows(
+        whole_BT = share_rows(
             logp_BT[rows],
             rows,
             tuple(logp_BT.shape),
             speaks=layout.speaks_for_model,
             device=layout.device,
         )
+        advice = (
+            f"the student was not changed. Check the weights in teacher.path ({self._config.path}) "
+            f"for NaN, and whether teacher.dtype = {self._config.dtype!r} can hold its activations"
+        )
+        check_finite("log-probs of the teacher", whole_BT, advice, may_be_impossible=True)
+        return whole_BT

@@ -7,7 +7,7 @@ from support.rank_pool import RankError, RankPool
 from torch import Tensor
 
 from poweropd_megatron.errors import CheckpointError, ConfigError, InputError, UserError
-from poweropd_megatron.parallel.world import agreed, own_rows, share_rows
+from poweropd_megatron.parallel.world import agreed, on_first_rank, own_rows, share_rows
 
 ERRORS: dict[int, UserError] = {
     0: ConfigError("first"),
@@ -48,6 +48,27 @@ def test_all_ranks_raise_the_first_ranks_error_and_can_go_on(ranks: RankPool) ->
     for rank, seen in enumerate(ranks.run(agree_again_and_again, world_size=4)):
         no_error = ("", "", 10 * rank)
         assert seen == [no_error, *((kind, text, None) for _, kind, text in CASES), no_error]
+
+
+def refuse_on_first_rank() -> list[str]:
+    """Return what this rank saw of an error of rank 0, then of a step that went well."""
+
+    def step() -> None:
+        assert dist.get_rank() == 0
+        raise ConfigError("taken")
+
+    seen = []
+    try:
+        on_first_rank(step)
+    except ConfigError as error:
+        seen.append(str(error))
+    on_first_rank(lambda: seen.append("done"))
+    return seen
+
+
+def test_what_the_first_rank_does_for_all_fails_on_all_without_naming_it(ranks: RankPool) -> None:
+    seen = ranks.run(refuse_on_first_rank, world_size=3)
+    assert seen == [["taken", "done"], ["taken"], ["taken"]]
 
 
 def agree_on_a_bug() -> None:

@@ -254,7 +254,7 @@ def test_more_steps_that_would_stretch_the_decay_of_the_learning_rate(one, monke
     monkeypatch.chdir(REPO)
     assert main(["train", *one.arguments, "--train_steps=9"]) == 2
     said = only_message(capfd.readouterr().err)
-    assert "optimizer.lr_decay_iters: was 8, is 9. " in said
+    assert "optimizer.lr_decay_iters: was 8, is 9. --optimizer.lr_decay_iters 8 keeps" in said
 
 
 def test_fewer_steps_than_are_done(one, tmp_path):

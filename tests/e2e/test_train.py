@@ -174,7 +174,10 @@ def test_a_finished_run_that_is_started_again_shows_its_summary_and_stays_as_it_
     before = everything_in(tp2.folder)
     again = train(tp2.arguments, world_size=2).expect(0)
     assert everything_in(tp2.folder) == before
-    assert "holds a finished run; a larger train_steps would go on with it" in again.stdout
+    assert (
+        "holds a finished run; a larger train_steps with --optimizer.lr_decay_iters 8 would go on "
+        "with it, another output_dir would start anew"
+    ) in again.stdout
     first = [line.partition("  ")[2] for line in tp2.ended.stdout.splitlines()]
     second = [line.partition("  ")[2] for line in again.stdout.splitlines()]
     end = next(number for number, line in enumerate(first) if line.startswith("finished 8 steps"))

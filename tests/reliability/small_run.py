@@ -11,6 +11,7 @@ import torch.distributed as dist
 from support.cli_run import settings
 
 from poweropd_megatron.config.load import parse_train_config
+from poweropd_megatron.environment import world_size
 from poweropd_megatron.parallel import world
 from poweropd_megatron.train import loop
 from poweropd_megatron.train.build import build_run
@@ -29,7 +30,7 @@ def build(folder: Path, *changes: str, steps: int, tp: int = 1) -> Run:
             tp=tp,
         )
     )
-    inputs = read_inputs(config, world_size=world.world_size_from_environment())
+    inputs = read_inputs(config, world_size=world_size() or 1)
     return build_run(config, inputs, world.start(timeout_minutes=3))
 
 

@@ -9,6 +9,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -83,6 +84,11 @@ class Ended:
 
 def launch(arguments: Sequence[str], *, world_size: int) -> Ended:
     """Return the run that the launch script made, from the root of the checkout."""
+    return ended(start(arguments, world_size=world_size))
+
+
+def start(arguments: Sequence[str], *, world_size: int) -> subprocess.Popen[str]:
+    """Return the launch script, started in a process group of its own."""
     foreign = (*RANK_VARIABLES, *LAUNCH_VARIABLES)
     environment = {k: v for k, v in os.environ.items() if not k.startswith(foreign)}
     environment |= {
@@ -91,17 +97,26 @@ def launch(arguments: Sequence[str], *, world_size: int) -> Ended:
         "OMP_NUM_THREADS": "1",
         "POWEROPD_PYTHON": sys.executable,
     }
-    done = subprocess.run(
+    return subprocess.Popen(
         ["bash", LAUNCH_SCRIPT, *arguments],
         cwd=REPO,
         env=environment,
         stdin=subprocess.DEVNULL,
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=SECONDS,
-        check=False,
+        process_group=0,
     )
-    return Ended(codes=[done.returncode], stdout=done.stdout, stderr=done.stderr)
+
+
+def ended(script: subprocess.Popen[str]) -> Ended:
+    """Return a started launch script's run after its end; its processes are ended if it hangs."""
+    try:
+        stdout, stderr = script.communicate(timeout=SECONDS)
+    except BaseException:
+        os.killpg(script.pid, signal.SIGKILL)
+        raise
+    return Ended(codes=[script.returncode], stdout=stdout, stderr=stderr)
 
 
 def train(arguments: Sequence[str], *, world_size: int = 1, **environment: str) -> Ended:

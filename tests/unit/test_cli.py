@@ -2,9 +2,9 @@
 
 import json
 import os
+import resource
 import subprocess
 import sys
-import time
 import tomllib
 import types
 from pathlib import Path
@@ -69,10 +69,15 @@ def trained(monkeypatch):
     return configs
 
 
-def test_train_help_answers_at_once():
-    start = time.monotonic()
-    result = poweropd("train", "--help")
-    assert time.monotonic() - start < 2
+def test_train_help_answers_in_half_a_second():
+    """Of CPU time, which other work on the machine changes little; it has nothing to wait for."""
+    seconds = []
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        result = poweropd("train", "--help")
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert min(seconds) < 0.5
     assert result.returncode == 0
     assert "--optimizer.lr" in result.stdout
     assert "poweropd train --config" in result.stdout
@@ -122,6 +127,16 @@ def test_an_error_of_all_ranks_is_printed_by_rank_0_alone(capsys, monkeypatch):
     with pytest.raises(SystemExit):
         main(["train", "--config", RECIPE, "--print_config"])
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("WORLD_SIZE", "abc"), ("WORLD_SIZE", "0"), ("RANK", "-1"), ("LOCAL_RANK", "x")],
+)
+def test_a_variable_of_torchrun_that_is_no_number_is_named(name, value, capsys, monkeypatch):
+    monkeypatch.setenv(name, value)
+    assert main(["train", "--config", RECIPE, *ONE_RANK]) == 2
+    assert f"error: the environment has {name}={value}: expected a whole" in capsys.readouterr().err
 
 
 def test_print_config_prints_toml_and_nothing_else():

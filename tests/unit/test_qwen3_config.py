@@ -1,6 +1,7 @@
 """config.json of a Qwen3 in both spellings, and what is refused."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -51,13 +52,14 @@ def test_both_spellings_give_megatrons_names(tmp_path: Path, spelling: dict[str,
     )
 
 
-def test_embeddings_are_untied_unless_it_says_so_and_the_rotary_base_may_be_an_integer(
+def test_embeddings_are_untied_unless_it_says_so_and_real_numbers_may_be_integers(
     tmp_path: Path,
 ) -> None:
-    write_config(tmp_path, tie_word_embeddings=MISSING, rope_theta=1000000)
+    write_config(tmp_path, tie_word_embeddings=MISSING, rope_theta=1000000, rms_norm_eps=1)
     config = Qwen3Config.from_folder(tmp_path, setting=SETTING)
     assert config.tie_word_embeddings is False
-    assert config.rotary_base == 1e6
+    assert (config.rotary_base, config.layernorm_epsilon) == (1e6, 1.0)
+    assert isinstance(config.layernorm_epsilon, float)
 
 
 def test_the_bundled_models_are_read(student_folder: Path, teacher_folder: Path) -> None:
@@ -93,16 +95,25 @@ def test_the_bundled_models_are_read(student_folder: Path, teacher_folder: Path)
         ({"quantization_config": {"bits": 4}}, "quantization_config = .* is not supported"),
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu' is not supported"),
         ({"rope_theta": MISSING}, "has neither rope_theta nor rope_parameters.rope_theta"),
-        ({"rope_theta": "10000"}, "has neither rope_theta nor rope_parameters.rope_theta"),
-        ({"num_hidden_layers": MISSING}, "num_hidden_layers is None, expected a number above 0"),
-        ({"hidden_size": "48"}, "hidden_size is '48', expected a number above 0"),
-        ({"vocab_size": True}, "vocab_size is True, expected a number above 0"),
-        ({"num_attention_heads": 4.0}, "num_attention_heads is 4.0, expected a number above 0"),
-        ({"num_attention_heads": 0}, "num_attention_heads is 0, expected a number above 0"),
-        ({"head_dim": MISSING}, "head_dim is None, expected a number above 0"),
-        ({"head_dim": "16"}, "head_dim is '16', expected a number above 0"),
-        ({"head_dim": -16}, "head_dim is -16, expected a number above 0"),
-        ({"rms_norm_eps": MISSING}, "rms_norm_eps is None, expected a number above 0"),
+        ({"rope_theta": "10000"}, "rope_theta is '10000', expected a finite number above 0"),
+        ({"rope_theta": -1}, "rope_theta is -1, expected a finite number above 0"),
+        ({"rope_theta": 0}, "rope_theta is 0, expected a finite number above 0"),
+        ({"rope_theta": math.inf}, "rope_theta is inf, expected a finite number above 0"),
+        (
+            {"rope_theta": MISSING, "rope_parameters": {"rope_theta": -5.0}},
+            "rope_theta is -5.0, expected a finite number above 0",
+        ),
+        ({"num_hidden_layers": MISSING}, "num_hidden_layers is None, expected an integer above 0"),
+        ({"hidden_size": "48"}, "hidden_size is '48', expected an integer above 0"),
+        ({"vocab_size": True}, "vocab_size is True, expected an integer above 0"),
+        ({"num_attention_heads": 4.0}, "num_attention_heads is 4.0, expected an integer above 0"),
+        ({"num_attention_heads": 0}, "num_attention_heads is 0, expected an integer above 0"),
+        ({"head_dim": MISSING}, "head_dim is None, expected an integer above 0"),
+        ({"head_dim": "16"}, "head_dim is '16', expected an integer above 0"),
+        ({"head_dim": -16}, "head_dim is -16, expected an integer above 0"),
+        ({"rms_norm_eps": 0}, "rms_norm_eps is 0, expected a finite number above 0"),
+        ({"rms_norm_eps": math.nan}, "rms_norm_eps is nan, expected a finite number above 0"),
+        ({"rms_norm_eps": MISSING}, "rms_norm_eps is None, expected a finite number above 0"),
     ],
     ids=str,
 )

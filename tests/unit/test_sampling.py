@@ -195,3 +195,12 @@ def test_random_numbers_are_uniform_and_independent_across_sequences() -> None:
     assert np.abs(ordered - steps).max() < 1.95 / math.sqrt(ordered.size)
     neighbours = np.corrcoef(numbers[:-1].ravel(), numbers[1:].ravel())[0, 1]
     assert abs(neighbours) < 4 / math.sqrt(ordered.size)
+
+
+@pytest.mark.parametrize("settings", [{"temperature": 0}, *FILTERS], ids=str)
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_logits_that_are_not_finite_give_a_token_whose_log_prob_says_so(settings, bad):
+    logits = torch.tensor([[0.0, bad, 1.0], [0.0, 1.0, 2.0]])
+    drawn = draw_tokens(logits, torch.full((2,), LAST, dtype=torch.float64), sampling(**settings))
+    assert 0 <= int(drawn.token_B[0]) < 3
+    assert drawn.logp_B.isnan().tolist() == [True, False]

@@ -68,6 +68,15 @@ def test_a_broken_line_in_the_middle_is_named(path):
     assert path.read_text().count("\n") == 3
 
 
+@pytest.mark.parametrize("line", ['{"loss": 1.0}', '{"step": "1"}', '{"step": true}', "[1]", "1"])
+def test_a_line_that_is_no_record_of_a_run_is_named(path, line):
+    path.write_text(f'{{"step": 0}}\n{line}\n')
+    for read in (read_jsonl, lambda path: JsonlSink(path).truncate_after(5)):
+        with pytest.raises(InputError, match=r'metrics\.jsonl, line 2: .* integer "step"'):
+            read(path)
+    assert path.read_text().count("\n") == 2
+
+
 def test_json_is_replaced_as_a_whole(tmp_path):
     path = tmp_path / "summary.json"
     write_json_atomically(path, {"a": 1, "longer": "x" * 100})

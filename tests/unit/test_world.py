@@ -9,7 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from poweropd_megatron.parallel.world import own_rows, world_size_from_environment
+from poweropd_megatron.environment import world_size
+from poweropd_megatron.parallel.world import own_rows
 
 ALONE = """
 import json
@@ -45,9 +46,9 @@ def test_shares_are_contiguous_disjoint_complete_and_even(num_rows: int, size: i
 
 def test_the_world_size_is_torchruns(monkeypatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    assert world_size_from_environment() == 1
+    assert world_size() is None
     monkeypatch.setenv("WORLD_SIZE", "16")
-    assert world_size_from_environment() == 16
+    assert world_size() == 16
 
 
 def test_one_rank_starts_without_torchrun_and_needs_nobody() -> None:
