@@ -87,8 +87,10 @@ class _Worker:
         # torch reads these when it is first imported or compiles, in the process that is forked.
         os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(list(PRELOADED))
+        # What is preloaded may touch CUDA, which doesn't survive a fork.
+        context = multiprocessing.get_context("spawn" if device == "cuda" else "forkserver")
+        if device == "cpu":
+            context.set_forkserver_preload(list(PRELOADED))
         self._connection, other_end = context.Pipe()
         self._process = context.Process(target=_serve, args=(build, device, other_end), daemon=True)
         self._process.start()

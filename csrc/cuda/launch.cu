@@ -10,8 +10,14 @@ namespace {
 constexpr int64_t kMaxGrid = std::numeric_limits<int32_t>::max();
 constexpr int kTokensPerBlock = 128;
 
-// Smaller blocks leave fewer threads without a quad to load.
-int block_for(int64_t columns) { return columns < 32768 ? 256 : 1024; }
+// Rows from which the largest block was the fastest on an H100, and those up to which the smallest
+// was: there, larger ones leave threads without a quad to load.
+constexpr int64_t kLongStatsBytes = 1 << 17, kLongGradBytes = 1 << 16, kShortBytes = 1 << 15;
+
+int block_for(const LogitRows& logits, int64_t long_bytes) {
+  const int64_t bytes = logits.columns * (logits.dtype == DType::f32 ? 4 : 2);
+  return bytes < kShortBytes ? 256 : bytes < long_bytes ? 512 : 1024;
+}
 
 bool fits(const LogitRows& logits) {
   return logits.rows <= kMaxGrid && logits.width <= kMaxGrid - 1024 * 8 * kUnroll;
@@ -49,6 +55,7 @@ bool with_type_and_block(DType dtype, int block, Launch launch) {
   auto with_block = [&](auto type) {
     if (block == 32) return launch(type, Block<32>()), true;
     if (block == 256) return launch(type, Block<256>()), true;
+    if (block == 512) return launch(type, Block<512>()), true;
     if (block == 1024) return launch(type, Block<1024>()), true;
     return false;
   };
@@ -61,7 +68,7 @@ bool launch_row_stats(const LogitRows& logits, const int64_t* targets, float* st
                       bool with_entropy, bool accumulate, int block, void* stream) {
   if (logits.rows == 0) return true;
   return fits(logits) &&
-         with_type_and_block(logits.dtype, block ? block : block_for(logits.columns),
+         with_type_and_block(logits.dtype, block ? block : block_for(logits, kLongStatsBytes),
                              [&](auto type, auto size) {
                                row_stats_of<decltype(type), decltype(size)::value>(
                                    logits, targets, stats, with_entropy, accumulate, stream);
@@ -93,10 +100,11 @@ bool launch_row_grad(const LogitRows& logits, const int64_t* targets, const RowS
                      int block, void* stream) {
   if (logits.rows == 0) return true;
   return fits(logits) &&
-         with_type_and_block(
-             logits.dtype, block ? block : block_for(logits.columns), [&](auto type, auto size) {
-               row_grad_of<decltype(type), decltype(size)::value>(logits, targets, scales, stream);
-             });
+         with_type_and_block(logits.dtype, block ? block : block_for(logits, kLongGradBytes),
+                             [&](auto type, auto size) {
+                               row_grad_of<decltype(type), decltype(size)::value>(logits, targets,
+                                                                                  scales, stream);
+                             });
 }
 
 }  // namespace poweropd

@@ -10,18 +10,23 @@ constexpr int kWarp = 32;
 constexpr int kUnroll = 4;  // 16-byte loads in flight per thread
 
 // How a row falls into single elements before the first 16-byte boundary, whole quads, and a tail.
-// Head and tail are shorter than a quad, so that a thread has at most one element of each.
+// Head and tail are shorter than a quad, and the first `lead` quads end at a 128-byte line, from
+// where a warp writes whole lines: a thread has at most one of each. Sums don't start there, since
+// their last bits would then depend on where the logits are.
 template <class T>
 struct RowParts {
   int head;
+  int lead;
   int quads;
   int tail;
 
   __device__ __forceinline__ RowParts(const T* row, int columns) {
-    const int misaligned = int(reinterpret_cast<uintptr_t>(row) & 15);
+    const int misaligned = int(reinterpret_cast<uintptr_t>(row) & 127);
     head = ((16 - misaligned) & 15) / int(sizeof(T));
     if (head > columns) head = columns;
     quads = (columns - head) / Quad<T>::kSize;
+    lead = ((128 - misaligned) & 127) / 16;
+    if (lead > quads) lead = quads;
     tail = head + quads * Quad<T>::kSize;
   }
 };
@@ -115,24 +120,21 @@ __global__ void __launch_bounds__(kBlock)
     absorb<kEntropy>(state, value);
   }
   const uint4* quads = reinterpret_cast<const uint4*>(begin + parts.head);
+  auto absorb_quad = [&](uint4 loaded) {
+    float value[kSize];
+    Quad<T>::unpack(loaded, value);
+    absorb<kEntropy>(state, value);
+  };
   int i = thread;
   for (; i + (kUnroll - 1) * kBlock < parts.quads; i += kUnroll * kBlock) {
     uint4 loaded[kUnroll];
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) loaded[u] = __ldcs(quads + i + u * kBlock);
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      float value[kSize];
-      Quad<T>::unpack(loaded[u], value);
-      absorb<kEntropy>(state, value);
-    }
+    for (int u = 0; u < kUnroll; ++u) absorb_quad(loaded[u]);
   }
 #pragma unroll 1
-  for (; i < parts.quads; i += kBlock) {
-    float value[kSize];
-    Quad<T>::unpack(__ldcs(quads + i), value);
-    absorb<kEntropy>(state, value);
-  }
+  for (; i < parts.quads; i += kBlock) absorb_quad(__ldcs(quads + i));
   if (parts.tail + thread < columns) {
     const float value[1] = {to_float(begin[parts.tail + thread])};
     absorb<kEntropy>(state, value);
@@ -210,7 +212,11 @@ __global__ void __launch_bounds__(kBlock)
     };
     if (thread < parts.head) write_one(thread);
     uint4* quads = reinterpret_cast<uint4*>(begin + parts.head);
-    int i = thread;
+    auto write_quad = [&](int quad) {
+      __stcs(quads + quad, quad_gradient(__ldcs(quads + quad), quad));
+    };
+    if (thread < parts.lead) write_quad(thread);
+    int i = parts.lead + thread;
     for (; i + (kUnroll - 1) * kBlock < parts.quads; i += kUnroll * kBlock) {
       uint4 loaded[kUnroll];
 #pragma unroll
@@ -221,7 +227,7 @@ __global__ void __launch_bounds__(kBlock)
       }
     }
 #pragma unroll 1
-    for (; i < parts.quads; i += kBlock) __stcs(quads + i, quad_gradient(__ldcs(quads + i), i));
+    for (; i < parts.quads; i += kBlock) write_quad(i);
     if (parts.tail + thread < columns) write_one(parts.tail + thread);
   }
   const RowParts<T> rest(begin + columns, width - columns);

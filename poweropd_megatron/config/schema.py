@@ -68,6 +68,9 @@ class RolloutConfig:
     """Keep the k most likely tokens; 0 keeps all."""
     micro_batch_size: int = 64
     """Sequences decoded together on each data-parallel rank (bounds the KV cache)."""
+    cuda_graph: bool = True
+    """On GPUs without pipeline parallelism, record each decoding step and replay it; several times
+    faster, for some memory."""
 
 
 @dataclass(kw_only=True)

@@ -9,34 +9,50 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
+
+VISIBLE_MULTIPLE = 64
+"""Positions by which a decoding step's view of the cache grows."""
 
 
 class KVCache:
-    """The cache of one model chunk: a LayerCache per layer, and the length of each row."""
+    """The cache of one model chunk: a LayerCache per layer, and the length of each row.
+
+    What a decoding step reads and writes keeps its place in memory, and its shape while `visible`
+    and the rows stay the same: such a step can be recorded and replayed.
+    """
 
     def __init__(self, num_layers: int, prompt_lengths_B: Tensor) -> None:
-        self.lengths_B = prompt_lengths_B
+        self.lengths_B = prompt_lengths_B.clone()
         """Tokens of each row in the cache, counting the ones that the running forward adds."""
-        self.longest = int(prompt_lengths_B.max())
+        self.positions_B = prompt_lengths_B - 1
+        """Where each row's newest token is."""
+        self._longest = int(prompt_lengths_B.max())
         self.layers = [LayerCache(self) for _ in range(num_layers)]
 
-    def advance(self) -> Tensor:
-        """Make room for one more token on each row, and return its position, [B]."""
-        positions_B = self.lengths_B
-        self.lengths_B = positions_B + 1
-        self.longest += 1
-        return positions_B
+    @property
+    def visible(self) -> int:
+        """Return how many positions a decoding step looks at, masked beyond each row's length."""
+        return -(-self._longest // VISIBLE_MULTIPLE) * VISIBLE_MULTIPLE
+
+    def advance(self) -> None:
+        """Make room for one more token on each row, at positions_B."""
+        self.positions_B.copy_(self.lengths_B)
+        self.lengths_B += 1
+        self._longest += 1
+        for layer in self.layers:
+            layer.reserve(self.visible)
 
     def keep_rows(self, rows: Tensor) -> None:
         """Drop all rows but these, so that finished sequences cost nothing more."""
-        self.lengths_B = self.lengths_B[rows]
-        self.longest = int(self.lengths_B.max())
+        self.lengths_B, self.positions_B = self.lengths_B[rows], self.positions_B[rows]
+        self._longest = int(self.lengths_B.max())
         for layer in self.layers:
             layer.keep_rows(rows)
 
 
 class LayerCache:
-    """Keys and values of one layer; grown by doubling, so never far larger than needed."""
+    """Keys and values of one layer; grown by doubling, so rarely copied."""
 
     def __init__(self, owner: KVCache) -> None:
         self._owner = owner
@@ -54,18 +70,22 @@ class LayerCache:
         if self._key_BHLD is None or self._value_BHLD is None:
             self._key_BHLD, self._value_BHLD = key.contiguous(), value.contiguous()
             return key, value, None
-        longest, lengths_B = self._owner.longest, self._owner.lengths_B
-        if longest > self._key_BHLD.shape[2]:
-            self._key_BHLD, self._value_BHLD = _grow(self._key_BHLD), _grow(self._value_BHLD)
+        visible, positions_B = self._owner.visible, self._owner.positions_B
         rows = torch.arange(key.shape[0], device=key.device)
-        self._key_BHLD[rows, :, lengths_B - 1] = key[:, :, 0]
-        self._value_BHLD[rows, :, lengths_B - 1] = value[:, :, 0]
-        mask_BL = torch.arange(longest, device=key.device) < lengths_B[:, None]
+        self._key_BHLD[rows, :, positions_B] = key[:, :, 0]
+        self._value_BHLD[rows, :, positions_B] = value[:, :, 0]
+        mask_BL = torch.arange(visible, device=key.device) <= positions_B[:, None]
         return (
-            self._key_BHLD[:, :, :longest],
-            self._value_BHLD[:, :, :longest],
+            self._key_BHLD[:, :, :visible],
+            self._value_BHLD[:, :, :visible],
             mask_BL[:, None, None, :],
         )
+
+    def reserve(self, length: int) -> None:
+        """Make room for so many positions, or twice as many as there are."""
+        if self._key_BHLD is not None and self._value_BHLD is not None:
+            self._key_BHLD = _grown(self._key_BHLD, length)
+            self._value_BHLD = _grown(self._value_BHLD, length)
 
     def keep_rows(self, rows: Tensor) -> None:
         """Drop all rows but these."""
@@ -73,8 +93,11 @@ class LayerCache:
             self._key_BHLD, self._value_BHLD = self._key_BHLD[rows], self._value_BHLD[rows]
 
 
-def _grow(cache_BHLD: Tensor) -> Tensor:
-    return torch.cat([cache_BHLD, torch.zeros_like(cache_BHLD)], dim=2)
+def _grown(cache_BHLD: Tensor, length: int) -> Tensor:
+    capacity = cache_BHLD.shape[2]
+    if length <= capacity:
+        return cache_BHLD
+    return functional.pad(cache_BHLD, (0, 0, 0, max(length, 2 * capacity) - capacity))
 
 
 @contextmanager

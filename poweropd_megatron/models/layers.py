@@ -61,15 +61,22 @@ class SDPACoreAttention(torch.nn.Module):
         mask: Tensor | None = None
         if self.cache is not None:
             key, value, mask = self.cache.extend(key, value)
-        attended = functional.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=mask,
-            is_causal=mask is None,
-            scale=self.softmax_scale,
-            enable_gqa=query.shape[1] != key.shape[1],
-        )
+        if mask is None:
+            attended = functional.scaled_dot_product_attention(
+                query,
+                key,
+                value,
+                is_causal=True,
+                scale=self.softmax_scale,
+                enable_gqa=query.shape[1] != key.shape[1],
+            )
+        else:
+            # One position a row: the query heads that share a key head can be positions of it
+            # instead, for which no kernel has to repeat keys and values.
+            grouped = query.reshape(key.shape[0], key.shape[1], -1, key.shape[3])
+            attended = functional.scaled_dot_product_attention(
+                grouped, key, value, attn_mask=mask, scale=self.softmax_scale
+            ).reshape(query.shape)
         return attended.permute(2, 0, 1, 3).flatten(2)
 
 

@@ -13,11 +13,17 @@ from torch.autograd.function import once_differentiable
 
 from poweropd_megatron.objectives.loss import policy_gradient_loss
 from poweropd_megatron.ops.backends import IGNORED_TARGET, kernels_for
-from poweropd_megatron.ops.lm_head_tiles import Gradients, LMHead, column_tiles
+from poweropd_megatron.ops.lm_head_tiles import (
+    Gradients,
+    LMHead,
+    column_tiles,
+    even_slices,
+    is_widened,
+)
 from poweropd_megatron.ops.logprob import combine_over_ranks
 from poweropd_megatron.ops.matmul import product
 
-CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 1 << 30}
+CHUNK_BYTES = {"cpu": 192 << 20, "cuda": 2 << 30}
 """Logits of the tokens that are visited at a time: whole rows of this rank's columns. The weight's
 gradient is read and written once a chunk, which a GPU's memory feels sooner."""
 
@@ -113,7 +119,7 @@ class _GradientInForward(torch.autograd.Function):
                 first_column=head.first_column,
                 vocab_size=head.vocab_size,
             )
-            for tile in column_tiles(weight_VpH, rows):
+            for tile in _product_tiles(weight_VpH, rows):
                 grads.add(rows, tile, logits[:, tile])
         ctx.mark_non_differentiable(logp_N, entropy_N)
         if grads is not None:
@@ -146,14 +152,20 @@ def _logit_chunks(hidden_NH: Tensor, head: LMHead) -> Iterator[tuple[slice, Tens
     """Yield (rows, logits) over chunks of tokens; each overwrites the one before."""
     weight_VpH = head.weight_VpH
     row_bytes = max(1, len(weight_VpH)) * head.logits_dtype.itemsize
-    size = min(len(hidden_NH), max(1, CHUNK_BYTES[hidden_NH.device.type] // row_bytes))
-    buffer = hidden_NH.new_empty(size, len(weight_VpH), dtype=head.logits_dtype)
-    for begin in range(0, len(hidden_NH), max(1, size)):
-        rows = slice(begin, min(begin + size, len(hidden_NH)))
+    chunks = even_slices(len(hidden_NH), CHUNK_BYTES[hidden_NH.device.type] // row_bytes)
+    buffer = hidden_NH.new_empty(
+        chunks[0].stop if chunks else 0, len(weight_VpH), dtype=head.logits_dtype
+    )
+    for rows in chunks:
         logits = buffer[: rows.stop - rows.start]
-        for columns in column_tiles(weight_VpH, rows):
+        for columns in _product_tiles(weight_VpH, rows):
             product(hidden_NH[rows], weight_VpH[columns].t(), out=logits[:, columns])
         yield rows, logits
+
+
+def _product_tiles(weight_VpH: Tensor, rows: slice) -> list[slice]:
+    """Return the columns to be multiplied at a time: all, unless their weights are widened."""
+    return column_tiles(weight_VpH, rows) if is_widened(weight_VpH) else [slice(0, len(weight_VpH))]
 
 
 def _check_fp32(name: str, values_N: Tensor, *, like: Tensor) -> None:

@@ -13,9 +13,9 @@ from torch import Tensor
 from poweropd_megatron.ops.matmul import add_product_, product
 from poweropd_megatron.ops.rows import LOGIT_DTYPES, check_shards, check_targets
 
-TILE_BYTES = 32 << 20
-"""Logits, in fp32, of a tile: they stay in a large GPU's cache."""
-TILE_ROWS = 2048
+TILE_BYTES = {"cpu": 32 << 20, "cuda": 512 << 20}
+"""Logits, in fp32, of a tile: a CPU's stay near its cache, a GPU wants large products."""
+TILE_ROWS = {"cpu": 2048, "cuda": 8192}
 _COLUMN_MULTIPLE = 128
 
 
@@ -99,13 +99,12 @@ class Gradients:
 def logit_tiles(hidden_NH: Tensor, head: LMHead) -> Iterator[tuple[slice, slice, Tensor]]:
     """Yield (rows, columns, logits) over all tiles; each overwrites the one before."""
     weight_VpH = head.weight_VpH
-    num_rows = min(len(hidden_NH), TILE_ROWS)
-    for columns in column_tiles(weight_VpH, slice(0, num_rows)):
+    row_tiles = even_slices(len(hidden_NH), TILE_ROWS[hidden_NH.device.type])
+    for columns in column_tiles(weight_VpH, row_tiles[0] if row_tiles else slice(0, 0)):
         weight = weight_VpH[columns]
-        if weight.dtype != head.logits_dtype and not weight.is_cuda:
-            weight = weight.to(head.logits_dtype)
-        for begin in range(0, len(hidden_NH), TILE_ROWS):
-            rows = slice(begin, min(begin + TILE_ROWS, len(hidden_NH)))
+        if is_widened(weight) and head.logits_dtype == torch.float32:
+            weight = weight.to(torch.float32)
+        for rows in row_tiles:
             logits = hidden_NH.new_empty(
                 rows.stop - rows.start, len(weight), dtype=head.logits_dtype
             )
@@ -113,15 +112,29 @@ def logit_tiles(hidden_NH: Tensor, head: LMHead) -> Iterator[tuple[slice, slice,
             yield rows, columns, logits
 
 
-def column_tiles(weight_VpH: Tensor, rows: slice) -> Iterator[slice]:
-    """Yield slices of the columns whose logits for these rows take about TILE_BYTES in fp32.
+def column_tiles(weight_VpH: Tensor, rows: slice) -> list[slice]:
+    """Return slices of the columns whose logits for these rows take at most TILE_BYTES in fp32.
 
-    So do their weights, where a CPU widens them: few rows would else widen all of the weight.
+    So do their weights, where they are widened: few rows would else widen all of the weight.
     """
     num_columns, hidden_size = weight_VpH.shape
     height = max(1, rows.stop - rows.start)
-    if weight_VpH.dtype != torch.float32 and not weight_VpH.is_cuda:
+    if is_widened(weight_VpH):
         height = max(height, hidden_size)
-    width = max(1, TILE_BYTES // (4 * height * _COLUMN_MULTIPLE)) * _COLUMN_MULTIPLE
-    for begin in range(0, num_columns, width):
-        yield slice(begin, min(begin + width, num_columns))
+    width = TILE_BYTES[weight_VpH.device.type] // (4 * height)
+    return even_slices(num_columns, width, multiple=_COLUMN_MULTIPLE)
+
+
+def is_widened(weight_VpH: Tensor) -> bool:
+    """Return whether a CPU multiplies with an fp32 copy of the weight, for fp32 results."""
+    return weight_VpH.dtype != torch.float32 and not weight_VpH.is_cuda
+
+
+def even_slices(total: int, longest: int, *, multiple: int = 1) -> list[slice]:
+    """Return the fewest slices of at most `longest`, about equal, that cover 0 to `total`.
+
+    Their lengths are multiples of `multiple`, but for the last; at least one each.
+    """
+    count = -(-total // max(longest, multiple))
+    length = -(-total // (max(count, 1) * multiple)) * multiple
+    return [slice(begin, min(begin + length, total)) for begin in range(0, total, max(length, 1))]

@@ -21,8 +21,11 @@ from poweropd_megatron.models.scoring import NextToken, next_token_logits
 from poweropd_megatron.parallel.layout import Layout
 from poweropd_megatron.parallel.pipeline import forward_stage
 from poweropd_megatron.parallel.world import own_rows, share_rows
+from poweropd_megatron.rollout.decode_step import DecodeStep
 from poweropd_megatron.rollout.sampling import Sampling, draw_tokens, uniforms
 from poweropd_megatron.rollout.trajectories import FINISH_LENGTH, FINISH_STOP, Trajectories
+
+_ENDED = -1
 
 
 @dataclass(kw_only=True)
@@ -64,6 +67,7 @@ class MegatronRolloutEngine:
         micro_batch_size: int,
         logits_dtype: torch.dtype,
         seed: int,
+        cuda_graph: bool,
     ) -> None:
         self._chunk = chunk
         self._layout = layout
@@ -72,6 +76,8 @@ class MegatronRolloutEngine:
         self._micro_batch_size = micro_batch_size
         self._logits_dtype = logits_dtype
         self._seed = seed
+        self._with_graph = cuda_graph and layout.device.type == "cuda" and layout.pp_size == 1
+        self._shrink_at = 0.5 if self._with_graph else 1.0
 
     @torch.no_grad()
     def generate(
@@ -95,7 +101,7 @@ class MegatronRolloutEngine:
                 torch.split(torch.arange(len(rows)), self._micro_batch_size) if len(rows) else ()
             ):
                 own_prompts = [prompts[i] for i in rows[part].tolist()]
-                self._decode(own_prompts, rows[part], part, responses, sampling, stream)
+                self._decode(own_prompts, rows[part], part.clone(), responses, sampling, stream)
         trajectories = self._assemble(prompts, rows, responses, weight_version)
         check_finite(
             "log-probs of the rollout",
@@ -107,9 +113,15 @@ class MegatronRolloutEngine:
 
     @contextmanager
     def _decoding_mode(self) -> Iterator[None]:
-        """Put the model into evaluation, without sequence parallelism: a step has one position."""
+        """Put the model into evaluation, without sequence parallelism: a step has one position.
+
+        Without cuDNN's attention, too: over a masked cache it was seen to give other bits in a
+        second run.
+        """
         was_training = self._chunk.training
         sequence_parallel = self._layout.parallel.sequence_parallel
+        with_cudnn = torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
+        torch.backends.cuda.enable_cudnn_sdp(False)
         self._chunk.eval()
         if sequence_parallel:
             set_model_to_sequence_parallel(self._chunk, False)
@@ -120,6 +132,7 @@ class MegatronRolloutEngine:
             if sequence_parallel:
                 set_model_to_sequence_parallel(self._chunk, True)
             self._chunk.train(was_training)
+            torch.backends.cuda.enable_cudnn_sdp(with_cudnn)
 
     def _decode(
         self,
@@ -147,31 +160,44 @@ class MegatronRolloutEngine:
         )
         self._chunk.rotary_pos_emb.positions_B = None
         cache = KVCache(len(self._chunk.decoder.layers), lengths_B)
-        last_position_B = lengths_B - 1
         with attached([self._chunk], [cache]):
+            logits = self._forward(token_ids, last_position_B=lengths_B - 1)
+            decode_step = self._decode_step(cache)
             for step in range(sampling.max_new_tokens):
-                logits = forward_stage(
-                    self._chunk,
-                    self._layout,
-                    token_ids,
-                    output_processor=next_token_logits,
-                    context=NextToken(
-                        last_position_B=last_position_B,
-                        tp_group=self._layout.groups.tp,
-                        logits_dtype=self._logits_dtype,
-                    ),
-                )
                 tokens_B = self._draw(logits, uniform_BT[:, step], step, slots, responses, sampling)
-                goes_on = torch.nonzero(~torch.isin(tokens_B, self._stop_token_ids))[:, 0]
-                if len(goes_on) == 0 or step == sampling.max_new_tokens - 1:
+                is_live = slots >= 0
+                num_live = int(is_live.sum())
+                if num_live == 0 or step == sampling.max_new_tokens - 1:
                     break
-                if len(goes_on) < len(slots):
-                    slots, uniform_BT = slots[goes_on], uniform_BT[goes_on]
-                    tokens_B = tokens_B[goes_on]
-                    cache.keep_rows(goes_on.to(self._layout.device))
-                token_ids = tokens_B[:, None]
-                last_position_B = torch.zeros_like(cache.lengths_B)
-                self._chunk.rotary_pos_emb.positions_B = cache.advance()
+                if num_live <= self._shrink_at * len(slots) and num_live < len(slots):
+                    live = torch.nonzero(is_live)[:, 0]
+                    slots, uniform_BT, tokens_B = slots[live], uniform_BT[live], tokens_B[live]
+                    cache.keep_rows(live.to(self._layout.device))
+                logits = decode_step(tokens_B.to(self._layout.device))
+
+    def _forward(self, token_ids_BS: Tensor, *, last_position_B: Tensor) -> Tensor | None:
+        """Return the logits of the token after each row's last position, [B, Vp]."""
+        logits: Tensor | None = forward_stage(
+            self._chunk,
+            self._layout,
+            token_ids_BS,
+            output_processor=next_token_logits,
+            context=NextToken(
+                last_position_B=last_position_B,
+                tp_group=self._layout.groups.tp,
+                logits_dtype=self._logits_dtype,
+            ),
+        )
+        return logits
+
+    def _decode_step(self, cache: KVCache) -> DecodeStep:
+        """Return what puts one more token on each row."""
+
+        def forward(token_ids_B1: Tensor) -> Tensor | None:
+            self._chunk.rotary_pos_emb.positions_B = cache.positions_B
+            return self._forward(token_ids_B1, last_position_B=torch.zeros_like(cache.positions_B))
+
+        return DecodeStep(forward, cache, with_graph=self._with_graph)
 
     def _draw(
         self,
@@ -182,7 +208,10 @@ class MegatronRolloutEngine:
         responses: _Responses,
         sampling: Sampling,
     ) -> Tensor:
-        """Return the next token of each row, on the whole model copy, after noting it."""
+        """Return the next token of each row, on the whole model copy, after noting it.
+
+        Rows whose slot is negative have ended; the slots of those that end here become so.
+        """
         whole = None if logits_BVp is None else self._gather_vocabulary(logits_BVp)
         drawn = torch.zeros(3, len(slots), dtype=torch.float64, device=self._layout.device)
         if whole is not None:
@@ -191,11 +220,15 @@ class MegatronRolloutEngine:
             dist.broadcast(drawn, src=self._layout.speaker, group=self._layout.groups.mp)
         drawn = drawn.cpu()
         tokens_B = drawn[0].long()
-        responses.token_ids[slots, step] = tokens_B
-        responses.logp[slots, step] = drawn[1].float()
-        responses.truncated_mass[slots, step] = drawn[2].float()
-        responses.lengths[slots] = step + 1
-        responses.finish[slots[torch.isin(tokens_B, self._stop_token_ids)]] = FINISH_STOP
+        is_live = slots >= 0
+        live = slots[is_live]
+        responses.token_ids[live, step] = tokens_B[is_live]
+        responses.logp[live, step] = drawn[1, is_live].float()
+        responses.truncated_mass[live, step] = drawn[2, is_live].float()
+        responses.lengths[live] = step + 1
+        ends = is_live & torch.isin(tokens_B, self._stop_token_ids)
+        responses.finish[slots[ends]] = FINISH_STOP
+        slots[ends] = _ENDED
         return tokens_B
 
     def _gather_vocabulary(self, logits_BVp: Tensor) -> Tensor | None:

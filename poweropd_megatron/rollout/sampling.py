@@ -56,25 +56,36 @@ def draw_tokens(logits_BV: Tensor, uniform_B: Tensor, sampling: Sampling) -> Dra
         token_B = _invert(probs_BV, uniform_B)
         logp_B = probs_BV.gather(1, token_B[:, None])[:, 0].log()
         return Draw(token_B, logp_B, torch.zeros_like(logp_B))
-    sorted_BV, order_BV = probs_BV.sort(dim=1, descending=True, stable=True)
-    kept_BV = _keep_top(sorted_BV, sampling)
-    mass_B = kept_BV.sum(dim=1)
-    rank_B = _invert(kept_BV, uniform_B)
-    logp_B = (kept_BV.gather(1, rank_B[:, None])[:, 0] / mass_B).log()
-    token_B = order_BV.gather(1, rank_B[:, None])[:, 0]
+    kept_Bk, order_Bk = _likeliest(probs_BV, sampling.top_k)
+    if sampling.top_p < 1:
+        before_Bk = kept_Bk.cumsum(dim=1, dtype=torch.float64) - kept_Bk
+        is_out_Bk = before_Bk >= sampling.top_p * kept_Bk.sum(dim=1, dtype=torch.float64)[:, None]
+        is_out_Bk[:, 0] = False
+        kept_Bk = kept_Bk.masked_fill(is_out_Bk, 0)
+    mass_B = kept_Bk.sum(dim=1)
+    rank_B = _invert(kept_Bk, uniform_B)
+    logp_B = (kept_Bk.gather(1, rank_B[:, None])[:, 0] / mass_B).log()
+    token_B = order_Bk.gather(1, rank_B[:, None])[:, 0]
     return Draw(token_B, logp_B, (1 - mass_B).clamp(min=0))
 
 
-def _keep_top(sorted_BV: Tensor, sampling: Sampling) -> Tensor:
-    """Return the descending probabilities with those that top-k and top-p remove set to zero."""
-    kept_BV = sorted_BV.clone()
-    if sampling.top_k:
-        kept_BV[:, sampling.top_k :] = 0
-    if sampling.top_p < 1:
-        before_BV = kept_BV.cumsum(dim=1, dtype=torch.float64) - kept_BV
-        kept_BV[before_BV >= sampling.top_p * kept_BV.sum(dim=1, dtype=torch.float64)[:, None]] = 0
-        kept_BV[:, 0] = sorted_BV[:, 0]
-    return kept_BV
+def _likeliest(probs_BV: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Return the `count` largest probabilities of each row, all for 0, and their tokens.
+
+    In descending order; of equal ones the first tokens come first, and are the ones that stay.
+    """
+    if not 0 < count < probs_BV.shape[1]:
+        sorted_BV, order_BV = probs_BV.sort(dim=1, descending=True, stable=True)
+        return sorted_BV, order_BV
+    # A stable sort of the whole vocabulary takes several times as long.
+    smallest_B1 = probs_BV.topk(count, dim=1).values[:, -1:]
+    is_larger_BV = probs_BV > smallest_B1
+    is_equal_BV = ~(is_larger_BV | (probs_BV < smallest_B1))  # as all are, of NaN
+    room_B1 = count - is_larger_BV.sum(dim=1, keepdim=True)
+    is_kept_BV = is_larger_BV | (is_equal_BV & (is_equal_BV.cumsum(dim=1) <= room_B1))
+    tokens_Bk = is_kept_BV.nonzero()[:, 1].view(-1, count)
+    sorted_Bk, order_Bk = probs_BV.gather(1, tokens_Bk).sort(dim=1, descending=True, stable=True)
+    return sorted_Bk, tokens_Bk.gather(1, order_Bk)
 
 
 def _invert(probs_BV: Tensor, uniform_B: Tensor) -> Tensor:

@@ -42,6 +42,7 @@ def build_run(config: TrainConfig, inputs: RunInputs, device: torch.device) -> R
         micro_batch_size=config.rollout.micro_batch_size,
         logits_dtype=TORCH_DTYPES[logits_dtype],
         seed=config.seed,
+        cuda_graph=config.rollout.cuda_graph,
     )
     prompts = PromptStream(inputs.train_prompts, seed=config.seed, shuffle=config.data.shuffle)
     checkpoints = CheckpointStore(Path(config.output_dir) / "checkpoints")

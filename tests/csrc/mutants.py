@@ -89,6 +89,16 @@ MUTANTS = (
         "quads = (columns - head + Quad<T>::kSize - 1) / Quad<T>::kSize;",
         caught_by=("simt", "ptx"),
     ),
+    _kernels(
+        "quads before the first line written twice",
+        "int i = parts.lead + thread;",
+        "int i = thread;",
+    ),
+    _kernels(
+        "quads before the first line not written",
+        "if (thread < parts.lead) write_quad(thread);",
+        "",
+    ),
     _kernels("tail dropped", "if (parts.tail + thread < columns) {", "if (false) {"),
     _kernels(
         "gradient of the tail dropped",

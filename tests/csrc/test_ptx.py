@@ -67,7 +67,7 @@ def test_few_cases_execute_what_was_compiled(
     kernels: dict[str, Kernel], record_testsuite_property: Callable[[str, object], None]
 ) -> None:
     check_rewards(ptx_rows(kernels, block=32))
-    for block in (32, 256, 1024):
+    for block in (32, 256, 512, 1024):
         for name in names_of(*COVERING):
             if suits(CASES[name], block):
                 check_stats_and_gradient(ptx_rows(kernels, block=block), CASES[name])

@@ -13,7 +13,7 @@ from support.ptx_backend import CSRC
 REASON = ptx_backend.why_not()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 ARCHITECTURES = (80, 90, 100, 120)
-NUM_KERNELS = 32
+NUM_KERNELS = 42
 ROUND = 4
 """kUnroll of the kernels."""
 FITTING = "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads"
@@ -79,8 +79,8 @@ def test_logits_are_loaded_and_stored_in_16_bytes(instructions: dict[str, list[s
         if "row_stats" in name:
             assert (loads, stores) == (ROUND + 1, 0), name
         if "row_grad" in name:
-            assert loads == ROUND + 1, name
-            assert stores >= ROUND + 1, name
+            assert loads == ROUND + 2, name
+            assert stores >= ROUND + 2, name
 
 
 def test_loads_are_in_flight_together(cubin: Path, instructions: dict[str, list[str]]) -> None:

@@ -15,7 +15,7 @@ from support.simt_checks import bits, check_case, suits
 
 REASON = simt_backend.why_not()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
-BLOCKS = (32, 256, 1024)
+BLOCKS = (32, 256, 512, 1024)
 LARGE = [name for name, case in CASES.items() if case.large]
 
 
@@ -44,14 +44,17 @@ def test_rewards_are_those_of_fp64(library: Path) -> None:
     check_rewards(simt_rows(library))
 
 
-@pytest.mark.parametrize(("name", "block"), [("V18992-bf16", 256), ("wide-bf16", 1024)])
+@pytest.mark.parametrize(
+    ("name", "block"), [("V4099-fp32", 256), ("V18992-bf16", 512), ("wide-fp32", 1024)]
+)
 def test_wide_rows_get_more_threads(name: str, block: int, library: Path) -> None:
-    chosen, expected, other = (
+    """The sums of the softmax tell how many threads there were."""
+    chosen, expected, *others = (
         bits(check_stats_and_gradient(simt_rows(library, block=size), CASES[name]))
-        for size in (0, block, 1280 - block)
+        for size in (0, block, *{256, 512, 1024} - {block})
     )
     assert torch.equal(chosen, expected)
-    assert not torch.equal(chosen, other)
+    assert not any(torch.equal(chosen, other) for other in others)
 
 
 def test_a_block_that_was_not_compiled_is_refused(library: Path) -> None:

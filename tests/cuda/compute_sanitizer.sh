@@ -14,8 +14,11 @@ if [[ -z $sanitizer ]]; then
     exit 2
 fi
 for tool in memcheck racecheck initcheck synccheck; do
+    cases="fp64 and not qwen3 and not far"
+    # These two don't follow the asynchronous copies of cuBLAS, and find fault with its products.
+    [[ $tool == racecheck || $tool == initcheck ]] && cases+=" and not lm_head"
     echo "compute-sanitizer --tool $tool"
     # torch's allocator hands out parts of large blocks, in which memcheck can't see bounds.
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" --tool "$tool" --error-exitcode 1 \
-        "$POWEROPD_PYTHON" -m pytest -q tests/cuda -k "fp64 and not qwen3 and not far" "$@"
+        "$POWEROPD_PYTHON" -m pytest -q tests/cuda -k "$cases" "$@"
 done

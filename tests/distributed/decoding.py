@@ -60,6 +60,7 @@ def decode_on_ranks(
         micro_batch_size=2,
         seed=SEED,
         logits_dtype=torch.float32,
+        cuda_graph=True,
     )
     return [
         engine.generate(PROMPTS[:num_prompts], sampling, stream=STREAM, weight_version=0)

@@ -70,8 +70,8 @@ def compute(kind: str, sharded: ShardedCase) -> Result:
     chunk_bytes = {"cpu": 20 * columns * case.logits_dtype.itemsize}
     with pytest.MonkeyPatch.context() as patch:
         if sharded.tiny_tiles:
-            patch.setattr(lm_head_tiles, "TILE_ROWS", 16)
-            patch.setattr(lm_head_tiles, "TILE_BYTES", 4 * 16 * 128)
+            patch.setattr(lm_head_tiles, "TILE_ROWS", {"cpu": 16})
+            patch.setattr(lm_head_tiles, "TILE_BYTES", {"cpu": 4 * 16 * 128})
             patch.setattr(fused_policy_gradient, "CHUNK_BYTES", chunk_bytes)
         return compute_from_columns(kind, case, columns)
 

@@ -201,6 +201,7 @@ def _roll_out(student: Student) -> None:
         micro_batch_size=2,
         seed=1,
         logits_dtype=torch.float32,
+        cuda_graph=True,
     )
     engine.generate(
         [[1, 2, 3], [4], [5, 6]], Sampling(max_new_tokens=3), stream=(0,), weight_version=0

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from poweropd_megatron.models import kv_cache
 from poweropd_megatron.models.kv_cache import KVCache, attached
 
 HEADS, WIDTH = 2, 3
@@ -14,6 +15,11 @@ HEADS, WIDTH = 2, 3
 
 def random_keys(rows: int, positions: int) -> Tensor:
     return torch.randn(rows, HEADS, positions, WIDTH)
+
+
+@pytest.fixture(autouse=True)
+def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kv_cache, "VISIBLE_MULTIPLE", 4)
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -37,7 +43,8 @@ def test_each_row_reads_back_its_own_keys_and_values_whoever_leaves(seed: int) -
             cache.keep_rows(torch.tensor(stay))
             lengths = [lengths[i] for i in stay]
             rows = [[layer_rows[i] for i in stay] for layer_rows in rows]
-        assert cache.advance().tolist() == lengths
+        cache.advance()
+        assert cache.positions_B.tolist() == lengths
         lengths = [length + 1 for length in lengths]
         for number, layer in enumerate(cache.layers):
             key, value = random_keys(len(lengths), 1), random_keys(len(lengths), 1)
@@ -46,12 +53,25 @@ def test_each_row_reads_back_its_own_keys_and_values_whoever_leaves(seed: int) -
                 for i, (old_key, old_value) in enumerate(rows[number])
             ]
             got_key, got_value, mask = layer.extend(key, value)
-            assert got_key.shape[2] == max(lengths)
+            assert got_key.shape[2] == cache.visible
             for i, (row_key, row_value) in enumerate(rows[number]):
                 visible = mask[i, 0, 0]
-                assert visible.tolist() == [p < lengths[i] for p in range(max(lengths))]
+                assert visible.tolist() == [p < lengths[i] for p in range(cache.visible)]
                 assert torch.equal(got_key[i][:, visible], row_key)
                 assert torch.equal(got_value[i][:, visible], row_value)
+
+
+def test_what_a_step_reads_stays_in_place_while_its_view_does() -> None:
+    cache = KVCache(1, torch.tensor([5, 7]))
+    cache.layers[0].extend(random_keys(2, 7), random_keys(2, 7))
+    places: dict[int, set[tuple[int, ...]]] = {}
+    for _ in range(20):
+        cache.advance()
+        results = cache.layers[0].extend(random_keys(2, 1), random_keys(2, 1))
+        kept = (*results[:2], cache.positions_B, cache.lengths_B)
+        places.setdefault(cache.visible, set()).add(tuple(part.data_ptr() for part in kept))
+    assert list(places) == [8, 12, 16, 20, 24, 28]
+    assert all(len(seen) == 1 for seen in places.values())
 
 
 def test_the_prompts_are_not_changed_by_what_is_generated() -> None:

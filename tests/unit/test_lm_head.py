@@ -43,8 +43,8 @@ Train = Callable[..., Outcome]
 def _tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Visit the logits at once, or in many tiles of which the last are smaller."""
     if request.param == "tiny tiles":
-        monkeypatch.setattr(lm_head_tiles, "TILE_ROWS", 7)
-        monkeypatch.setattr(lm_head_tiles, "TILE_BYTES", 4 * 7 * 128)
+        monkeypatch.setattr(lm_head_tiles, "TILE_ROWS", {"cpu": 7})
+        monkeypatch.setattr(lm_head_tiles, "TILE_BYTES", {"cpu": 4 * 7 * 128})
         monkeypatch.setattr(fused_policy_gradient, "CHUNK_BYTES", {"cpu": 4 * 311 * 5})
 
 

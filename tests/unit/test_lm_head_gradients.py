@@ -29,8 +29,8 @@ MakeHead = Callable[[Tensor], LMHead]
 @pytest.fixture(autouse=True)
 def _tiny_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make many tiles and chunks, whose shares of a gradient have to be added up."""
-    monkeypatch.setattr(lm_head_tiles, "TILE_ROWS", 7)
-    monkeypatch.setattr(lm_head_tiles, "TILE_BYTES", 4 * 7 * 128)
+    monkeypatch.setattr(lm_head_tiles, "TILE_ROWS", {"cpu": 7})
+    monkeypatch.setattr(lm_head_tiles, "TILE_BYTES", {"cpu": 4 * 7 * 128})
     monkeypatch.setattr(fused_policy_gradient, "CHUNK_BYTES", {"cpu": 4 * 311 * 5})
 
 
@@ -273,7 +273,7 @@ def test_a_few_tokens_never_widen_the_whole_bf16_weight(
     case = Case(
         dtype=torch.bfloat16, num_tokens=3, hidden_size=64, vocab_size=5000, padded_size=5000
     )
-    monkeypatch.setattr(lm_head_tiles, "TILE_BYTES", 4 * 64 * 128)
+    monkeypatch.setattr(lm_head_tiles, "TILE_BYTES", {"cpu": 4 * 64 * 128})
     monkeypatch.setattr(fused_policy_gradient, "CHUNK_BYTES", {"cpu": 4 * 5000 * 3})
     batch = case.batch()
     head = LMHead(weight_VpH=batch.weight_VpH, vocab_size=5000, tp_group=layout.groups.tp)

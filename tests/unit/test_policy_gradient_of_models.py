@@ -272,6 +272,7 @@ def test_a_teacher_with_the_students_weights_gives_neither_reward_nor_gradient(
         micro_batch_size=8,
         seed=1,
         logits_dtype=torch.float32,
+        cuda_graph=True,
     )
     prompts = [[4 + i, 13, 5, 13, 6 + i % 3, 14] for i in range(8)]
     rolled = engine.generate(prompts, Sampling(max_new_tokens=32), stream=(0, 0), weight_version=0)

@@ -58,6 +58,7 @@ def generate(
     vocab_size: int = 24,
     stop: Sequence[int] = (EOS,),
     stream: tuple[int, ...] = STREAM,
+    shrink_at: float = 1.0,
 ) -> Trajectories:
     engine = MegatronRolloutEngine(
         chunk,
@@ -67,7 +68,9 @@ def generate(
         micro_batch_size=micro_batch_size,
         seed=SEED,
         logits_dtype=torch.float32,
+        cuda_graph=True,
     )
+    engine._shrink_at = shrink_at
     return engine.generate(prompts, sampling, stream=stream, weight_version=4)
 
 
@@ -100,6 +103,19 @@ def test_greedy_responses_take_the_likeliest_token_of_the_full_forward(
         torch.testing.assert_close(
             behaviour(trajectories, row), logp.amax(dim=1), rtol=0, atol=2e-5
         )
+
+
+@pytest.mark.parametrize("shrink_at", [0.5, 0.0])
+def test_rows_that_stay_after_their_end_change_nothing(
+    shrink_at: float, chunk: GPTModel, layout: Layout, prompts: list[list[int]]
+) -> None:
+    """As for a CUDA graph, which is recorded anew for each number of rows."""
+    leave, stay = (generate(chunk, layout, prompts, RANDOM, shrink_at=x) for x in (1.0, shrink_at))
+    assert len(set(leave.response_lengths_B.tolist())) > 3
+    assert torch.equal(stay.token_ids_BT, leave.token_ids_BT)
+    assert torch.equal(stay.total_lengths_B, leave.total_lengths_B)
+    assert torch.equal(stay.finish_B, leave.finish_B)
+    torch.testing.assert_close(stay.behaviour_logp_BT, leave.behaviour_logp_BT, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("sampling", [RANDOM, FILTERED], ids=["plain", "filtered"])

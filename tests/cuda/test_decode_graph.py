@@ -1,0 +1,78 @@
+"""Decoding that replays a CUDA graph draws what decoding without one draws."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from poweropd_megatron.config.schema import ParallelConfig
+from poweropd_megatron.data.tokenizer import Tokenizer
+from poweropd_megatron.models import kv_cache
+from poweropd_megatron.models.build import build_model
+from poweropd_megatron.models.qwen3 import Qwen3Config
+from poweropd_megatron.parallel import world
+from poweropd_megatron.parallel.layout import Layout, student_layout
+from poweropd_megatron.rollout.megatron_engine import MegatronRolloutEngine
+from poweropd_megatron.rollout.sampling import Sampling
+from poweropd_megatron.rollout.trajectories import Trajectories
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+STUDENT = Path(__file__).parents[2] / "examples" / "chain_sum" / "student"
+TEXTS = ("1+2+3=", "9+9+9+9+9+9=", "5+0+7+2=", "8+1+6=", "3+3+3+3+3=", "0+0+1=", "7+8+9+1=")
+RANK = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+
+
+@pytest.fixture(scope="module")
+def layout() -> Iterator[Layout]:
+    """Yield the layout of a job of one GPU."""
+    with pytest.MonkeyPatch.context() as environment:
+        for name, value in RANK.items():
+            environment.setenv(name, os.environ.get(name, value))
+        device = world.start(timeout_minutes=2)
+    yield student_layout(ParallelConfig(), device, seed=1)
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(max_new_tokens=60, temperature=0.0),
+        Sampling(max_new_tokens=60),
+        Sampling(max_new_tokens=60, temperature=1.5, top_k=8, top_p=0.9),
+    ],
+    ids=["greedy", "plain", "filtered"],
+)
+def test_a_graph_draws_the_same_tokens_while_rows_end_and_the_cache_grows(
+    sampling: Sampling, layout: Layout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kv_cache, "VISIBLE_MULTIPLE", 8)
+    model = Qwen3Config.from_folder(STUDENT, setting="student.path")
+    [chunk] = build_model(model, layout, folder=str(STUDENT), dtype="fp32", setting="student.path")
+    tokenizer = Tokenizer.from_folder(STUDENT)
+    prompts = [tokenizer.encode(text) for text in TEXTS * 3]
+
+    def generate(cuda_graph: bool) -> Trajectories:
+        engine = MegatronRolloutEngine(
+            chunk,
+            layout,
+            vocab_size=model.vocab_size,
+            stop_token_ids=tokenizer.eos_token_ids,
+            micro_batch_size=9,
+            seed=1,
+            logits_dtype=torch.float32,
+            cuda_graph=cuda_graph,
+        )
+        return engine.generate(prompts, sampling, stream=(0,), weight_version=0)
+
+    eager, replayed = generate(False), generate(True)
+    assert len(set(eager.response_lengths_B.tolist())) > 3
+    assert torch.equal(replayed.token_ids_BT, eager.token_ids_BT)
+    assert torch.equal(replayed.total_lengths_B, eager.total_lengths_B)
+    torch.testing.assert_close(
+        replayed.behaviour_logp_BT, eager.behaviour_logp_BT, rtol=0, atol=1e-5
+    )
