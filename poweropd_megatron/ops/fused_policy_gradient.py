@@ -56,7 +56,9 @@ def fused_policy_gradient(
     visited once: its logits, their softmax, the rewards, the gradient over the logits, the shares
     of the gradients. With a `main_grad` on the weight these are added to it here, so the loss must
     be differentiated exactly once, with an upstream gradient of 1 (asserted).
-    The gradient of hidden_NH is this rank's share, as for any column-parallel layer.
+    The gradient of hidden_NH is this rank's share, as for any column-parallel layer. Rows that are
+    ignored are multiplied like the others, so NaN in their hidden states would reach the weight's
+    gradient: leave them out.
     Shapes: hidden_NH [N, H], targets_N [N] int64 in [0, vocab_size) or -100 (no part of the loss),
     teacher_logp_N [N] fp32.
     Memory: CHUNK_BYTES of logits, and an fp32 copy of hidden_NH's gradient.
@@ -142,7 +144,7 @@ class _GradientInForward(torch.autograd.Function):
             torch._assert_async(
                 grad_loss == 1, "the weight's gradient is in main_grad: the loss can't be scaled"
             )
-        else:
+        elif grad_weight_VpH is not None:
             grad_weight_VpH = (grad_weight_VpH * grad_loss).to(grad_weight_VpH.dtype)
         grad_hidden_NH = (grad_hidden_NH * grad_loss).to(grad_hidden_NH.dtype)
         return grad_hidden_NH, grad_weight_VpH, None, None, None, None, None

@@ -69,14 +69,16 @@ class Gradients:
     """fp32 sums of the gradients of hidden states and weight, over tiles of logits."""
 
     def __init__(self, hidden_NH: Tensor, weight_VpH: Tensor) -> None:
+        """Start at zero, or where the weight's `main_grad` is. A frozen weight has no gradient."""
         self._hidden_NH, self._weight_VpH = hidden_NH, weight_VpH
         main_grad: Tensor | None = getattr(weight_VpH, "main_grad", None)
-        if not weight_VpH.requires_grad:
-            main_grad = None
-        self.adds_to_main_grad = main_grad is not None and main_grad.dtype == torch.float32
-        if main_grad is None or not self.adds_to_main_grad:
-            main_grad = torch.zeros_like(weight_VpH, dtype=torch.float32)
-        self._sum_VpH = main_grad
+        is_trained = weight_VpH.requires_grad
+        self.adds_to_main_grad = (
+            is_trained and main_grad is not None and main_grad.dtype == torch.float32
+        )
+        self._sum_VpH = main_grad if self.adds_to_main_grad else None
+        if is_trained and self._sum_VpH is None:
+            self._sum_VpH = torch.zeros_like(weight_VpH, dtype=torch.float32)
         self._sum_NH = torch.zeros_like(hidden_NH, dtype=torch.float32)
 
     def add(self, rows: slice, columns: slice, grad_logits: Tensor) -> None:
@@ -85,15 +87,18 @@ class Gradients:
             # Once, for both products: tensor cores want operands of one type.
             grad_logits = grad_logits.to(self._weight_VpH.dtype)
         add_product_(self._sum_NH[rows], grad_logits, self._weight_VpH[columns])
-        add_product_(self._sum_VpH[columns], grad_logits.t(), self._hidden_NH[rows])
+        if self._sum_VpH is not None:
+            add_product_(self._sum_VpH[columns], grad_logits.t(), self._hidden_NH[rows])
 
     def hidden(self) -> Tensor:
         """Return the hidden states' gradient, in their dtype."""
         return self._sum_NH.to(self._hidden_NH.dtype)
 
     def weight(self) -> Tensor | None:
-        """Return the weight's gradient, in its dtype; None where main_grad has it."""
-        return None if self.adds_to_main_grad else self._sum_VpH.to(self._weight_VpH.dtype)
+        """Return the weight's gradient, in its dtype; None where main_grad has it, or if frozen."""
+        if self._sum_VpH is None or self.adds_to_main_grad:
+            return None
+        return self._sum_VpH.to(self._weight_VpH.dtype)
 
 
 def logit_tiles(hidden_NH: Tensor, head: LMHead) -> Iterator[tuple[slice, slice, Tensor]]:
