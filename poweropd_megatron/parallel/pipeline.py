@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
+from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from poweropd_megatron.parallel.layout import Layout
@@ -16,6 +17,7 @@ def forward_stage(
     layout: Layout,
     token_ids_BS: Tensor,
     *,
+    packed_seq_params: PackedSeqParams | None = None,
     output_processor: Callable[..., Any],
     context: Any,
 ) -> Any:
@@ -23,7 +25,7 @@ def forward_stage(
 
     Called by all ranks of a model copy with the same tokens. A stage goes on with its next call as
     soon as it has handed over its hidden states, so consecutive calls keep all stages busy.
-    Shapes: token_ids_BS [B, S].
+    Shapes: token_ids_BS [B, S], with B 1 where packed_seq_params says which sequences lie in it.
     """
     batch_size, sequence_length = token_ids_BS.shape
     config = chunk.config
@@ -40,6 +42,7 @@ def forward_stage(
         input_ids=token_ids_BS.to(layout.device),
         position_ids=None,
         attention_mask=None,
+        packed_seq_params=packed_seq_params,
         output_processor=output_processor,
         output_processor_context=context,
     )
