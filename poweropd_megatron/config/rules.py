@@ -21,10 +21,12 @@ CHANGEABLE_ON_RESUME = (
     "output_dir",
     "train_steps",
     "micro_batch_size",
+    "max_tokens_per_microbatch",
     "distributed_timeout_minutes",
     "student.parallel.*",
     "teacher.parallel.*",
     "teacher.micro_batch_size",
+    "teacher.max_tokens_per_microbatch",
     "rollout.micro_batch_size",
     "objective.head",
     "eval.interval",
@@ -213,6 +215,15 @@ def _check_ranks(name: str, parallel: ParallelConfig, world_size: int) -> None:
 def _check_data_parallel_batch(config: TrainConfig, world_size: int) -> None:
     batch, micro = config.global_batch_size, config.micro_batch_size
     data_parallel = world_size // config.student.parallel.model_parallel_size
+    if config.max_tokens_per_microbatch is not None:
+        if batch < data_parallel:
+            raise ConfigError(
+                f"global_batch_size = {batch} must be at least the student's data-parallel size = "
+                f"{data_parallel} ({world_size} ranks / "
+                f"{config.student.parallel.model_parallel_size} model-parallel): each rank needs a "
+                "response"
+            )
+        return
     if batch % (micro * data_parallel):
         step = math.lcm(micro * data_parallel, config.rollout.num_samples_per_prompt)
         fix = f"set global_batch_size to {_listed(_multiples_around(batch, step))}"

@@ -48,7 +48,11 @@ class TeacherConfig:
     dtype: DType = "bf16"
     """Type of weights and activations of the teacher."""
     micro_batch_size: int = 4
-    """Sequences per teacher forward on each of the teacher's data-parallel ranks."""
+    """Sequences per teacher forward on each of the teacher's data-parallel ranks, right-padded to
+    the longest; not used with teacher.max_tokens_per_microbatch."""
+    max_tokens_per_microbatch: int | None = None
+    """Pack whole sequences into teacher forwards of at most this many tokens, as the student's
+    setting of that name does for the student; neither model's setting affects the other."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
 
@@ -212,7 +216,12 @@ class TrainConfig:
     global_batch_size: int
     """Responses per optimizer step, over all ranks."""
     micro_batch_size: int = 1
-    """Responses per student forward/backward on each data-parallel rank."""
+    """Responses per student forward/backward on each data-parallel rank, right-padded to the
+    longest; not used with max_tokens_per_microbatch."""
+    max_tokens_per_microbatch: int | None = None
+    """Pack whole sequences (prompt and response) end to end into student forward/backwards of at
+    most this many tokens on each data-parallel rank, without padding; a longer sequence has one to
+    itself. By default micro_batch_size right-padded sequences. The results are the same."""
     distributed_timeout_minutes: float = 30.0
     """Longest wait in a collective before the run is ended with an error."""
     student: StudentConfig

@@ -13,7 +13,12 @@ from poweropd_megatron.rollout.sampling import Sampling
 from poweropd_megatron.train.clock import Clock
 from poweropd_megatron.train.evaluation import Evaluation, Evaluator
 from poweropd_megatron.train.recorder import Recorder
-from poweropd_megatron.train.step_metrics import speed_metrics, step_diagnostics, step_metrics
+from poweropd_megatron.train.step_metrics import (
+    padding_metrics,
+    speed_metrics,
+    step_diagnostics,
+    step_metrics,
+)
 from poweropd_megatron.train.student import Student
 from poweropd_megatron.train.teacher import Teacher
 
@@ -62,13 +67,18 @@ def train(run: Run, *, first_step: int) -> None:
             outcome = run.student.update(trajectories, labels, teacher_logp_BT, run.reward)
 
         facts = (trajectories, labels, teacher_logp_BT, outcome, run.reward)
+        batchings = {"student": run.student.batching, "teacher": run.teacher.batching}
+        lengths_B = trajectories.total_lengths_B.tolist()
+        run.recorder.tell_of_oversized(step, batchings, lengths_B)
         evaluation = None
         if _is_due(step, config.eval.interval, config.train_steps):
             with clock.phase("eval"):
                 evaluation = evaluate(run, step)
         run.recorder.step(
             step,
-            step_metrics(*facts) | speed_metrics(clock.read(), trajectories),
+            step_metrics(*facts)
+            | padding_metrics(batchings, lengths_B)
+            | speed_metrics(clock.read(), trajectories),
             diagnostics=step_diagnostics(*facts)
             if _is_due(step, config.telemetry.diagnostics_interval, config.train_steps)
             else None,

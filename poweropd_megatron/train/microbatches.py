@@ -1,42 +1,54 @@
-"""Cutting a batch of trajectories into right-padded micro-batches.
+"""Cutting a batch of trajectories into micro-batches, right-padded or packed.
 
-Shapes: B sequences of the whole batch, b of a micro-batch, T tokens, S tokens of a micro-batch's
-longest sequence, N tokens in the loss.
+Shapes: B sequences and T tokens of the whole batch; b sequences of a micro-batch, R rows and S
+positions of its input (b and the longest sequence when padded, 1 and all tokens when packed); N
+tokens in the loss.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 import torch.distributed as dist
+from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
+from poweropd_megatron.models.packed import pack_params
 from poweropd_megatron.models.scoring import ChosenTokens
-from poweropd_megatron.parallel.layout import Layout
 from poweropd_megatron.rollout.trajectories import Trajectories
+from poweropd_megatron.train.batching import Batching
+
+_PADDING = -1
 
 
 @dataclass(frozen=True, kw_only=True)
 class MicroBatch:
-    """Some rows of a batch, cut to their longest sequence.
+    """Some sequences of a batch, as a model takes them.
 
-    Shapes: rows_b the rows' numbers in the batch; token_ids_bS; mask_bS True at the tokens in the
-    loss.
+    Shapes: rows_b the sequences' numbers in the batch; source_RS where in the flattened batch each
+    position comes from, -1 for padding; token_ids_RS, 0 on padding; mask_RS True at the tokens in
+    the loss. packed_lengths: of what lies in a packed row, its padding last; None if padded.
     """
 
     rows_b: Tensor
-    token_ids_bS: Tensor
-    mask_bS: Tensor
+    source_RS: Tensor
+    token_ids_RS: Tensor
+    mask_RS: Tensor
+    packed_lengths: tuple[int, ...] | None
 
     def cut(self, whole_BT: Tensor) -> Tensor:
-        """Return this micro-batch's part of a per-token tensor of the whole batch, [b, S]."""
-        return _cut_or_pad(whole_BT[self.rows_b], self.token_ids_bS.shape[1])
+        """Return this micro-batch's part of a per-token tensor of the whole batch, [R, S]."""
+        return _take(whole_BT, self.source_RS)
 
     def put(self, whole_BT: Tensor, values_N: Tensor) -> None:
         """Write a value for each token in the loss, row by row, into a whole batch's tensor."""
-        part_bS = torch.zeros(self.mask_bS.shape, dtype=whole_BT.dtype)
-        part_bS[self.mask_bS] = values_N.detach().to(whole_BT)
-        length = min(part_bS.shape[1], whole_BT.shape[1])
-        whole_BT[self.rows_b, :length] = part_bS[:, :length]
+        whole_BT.view(-1)[self.source_RS[self.mask_RS]] = values_N.detach().to(whole_BT)
+
+    @property
+    def packed_seq_params(self) -> PackedSeqParams | None:
+        """Return what the model has to know of a packed row; None if padded."""
+        return None if self.packed_lengths is None else pack_params(self.packed_lengths)
 
     def chosen(
         self,
@@ -49,7 +61,7 @@ class MicroBatch:
     ) -> ChosenTokens:
         """Return what the model is to score here."""
         return ChosenTokens(
-            is_chosen_BS=self.mask_bS.to(device),
+            is_chosen_BS=self.mask_RS.to(device),
             labels_BS=self.cut(labels_BT).to(device),
             vocab_size=vocab_size,
             tp_group=tp_group,
@@ -57,36 +69,47 @@ class MicroBatch:
         )
 
 
-def plan(
-    trajectories: Trajectories,
-    mask_BT: Tensor,
-    rows: Tensor,
-    layout: Layout,
-    *,
-    micro_batch_size: int,
+def cut_batch(
+    trajectories: Trajectories, mask_BT: Tensor, batching: Batching, *, dp_rank: int
 ) -> list[MicroBatch]:
-    """Return the micro-batches of a data-parallel rank's rows, sequences of like length together.
+    """Return the micro-batches of a data-parallel rank.
 
-    Each row is in exactly one; all but the last have micro_batch_size rows; no rows make none.
-    Lengths are rounded up to a multiple of the tensor-parallel size where sequence parallelism
-    needs it.
+    Raises: ValueError if a sequence's first token is in the loss: nothing predicts it.
     """
-    lengths = trajectories.total_lengths_B[rows]
-    by_length = rows[lengths.argsort(descending=True, stable=True)]
-    multiple = layout.tp_size if layout.parallel.sequence_parallel else 1
-    batches = []
-    for rows_b in torch.split(by_length, micro_batch_size) if len(rows) else ():
-        longest = int(trajectories.total_lengths_B[rows_b].max())
-        length = -(-longest // multiple) * multiple
-        batches.append(
+    if mask_BT[:, 0].any():
+        raise ValueError("the first token of a sequence can't be in the loss")
+    lengths_B = trajectories.total_lengths_B.tolist()
+    micro_batches = []
+    for rows in batching.plan(lengths_B)[dp_rank]:
+        lengths_b = [lengths_B[row] for row in rows]
+        num_rows, width = batching.input_shape(lengths_b)
+        ends_b = [0, *accumulate(lengths_b)]
+        starts_b = ends_b if batching.is_packed else range(0, num_rows * width, width)
+        source = torch.full((num_rows * width,), _PADDING)
+        for row, length, start in zip(rows, lengths_b, starts_b, strict=False):
+            first = row * mask_BT.shape[1]
+            source[start : start + length] = torch.arange(first, first + length)
+        source_RS = source.view(num_rows, width)
+        packed_lengths = (*lengths_b, width - ends_b[-1])
+        micro_batches.append(
             MicroBatch(
-                rows_b=rows_b,
-                token_ids_bS=_cut_or_pad(trajectories.token_ids_BT[rows_b], length),
-                mask_bS=_cut_or_pad(mask_BT[rows_b], length),
+                rows_b=torch.tensor(rows, dtype=torch.int64),
+                source_RS=source_RS,
+                token_ids_RS=_take(trajectories.token_ids_BT, source_RS),
+                mask_RS=_take(mask_BT, source_RS),
+                packed_lengths=tuple(filter(None, packed_lengths)) if batching.is_packed else None,
             )
         )
-    return batches
+    return micro_batches
 
 
-def _cut_or_pad(rows_bT: Tensor, length: int) -> Tensor:
-    return torch.nn.functional.pad(rows_bT[:, :length], (0, max(length - rows_bT.shape[1], 0)))
+def rows_of(micro_batches: Sequence[MicroBatch]) -> Tensor:
+    """Return the numbers of all sequences in the micro-batches."""
+    none = torch.zeros(0, dtype=torch.int64)
+    return torch.cat([none, *(micro_batch.rows_b for micro_batch in micro_batches)])
+
+
+def _take(whole_BT: Tensor, source_RS: Tensor) -> Tensor:
+    """Return the values at the positions' places, and 0 on padding."""
+    taken_RS = whole_BT.flatten()[source_RS.clamp(min=0)]
+    return taken_RS.where(source_RS != _PADDING, torch.zeros((), dtype=whole_BT.dtype))

@@ -4,7 +4,7 @@ Only rank 0 writes; on the others every method returns at once.
 """
 
 import statistics
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -18,6 +18,7 @@ from poweropd_megatron.telemetry.console import Console
 from poweropd_megatron.telemetry.report import write_report
 from poweropd_megatron.telemetry.sinks import JsonlSink, read_jsonl, write_json_atomically
 from poweropd_megatron.telemetry.text import objective_label
+from poweropd_megatron.train.batching import Batching
 from poweropd_megatron.train.evaluation import Evaluation
 from poweropd_megatron.train.inputs import RunInputs
 from poweropd_megatron.train.step_metrics import TRAINING_PHASES
@@ -34,6 +35,7 @@ class Recorder:
         self._diagnostics = JsonlSink(self.folder / "diagnostics.jsonl")
         self._samples = JsonlSink(self.folder / "samples.jsonl")
         self._console: Console | None = None
+        self._longest_told: dict[str, int] = {}
 
     @contextmanager
     def speaking(self) -> Iterator[None]:
@@ -66,9 +68,10 @@ class Recorder:
     def introduce(self, inputs: RunInputs) -> None:
         """Say what is trained on what, and warn of settings whose effect is easily overlooked."""
         config = self._config
-        for name, part, shape in (
-            ("student", config.student, inputs.student),
-            ("teacher", config.teacher, inputs.teacher),
+        teacher_budget = config.teacher.max_tokens_per_microbatch
+        for name, part, shape, budget in (
+            ("student", config.student, inputs.student, config.max_tokens_per_microbatch),
+            ("teacher", config.teacher, inputs.teacher, teacher_budget),
         ):
             parallel = part.parallel
             self.info(
@@ -76,6 +79,7 @@ class Recorder:
                 f"{part.dtype}, TP {parallel.tensor_model_parallel_size} x "
                 f"PP {parallel.pipeline_model_parallel_size}"
                 + (" with sequence parallelism" if parallel.sequence_parallel else "")
+                + (f", packed into micro-batches of up to {budget} tokens" if budget else "")
             )
         num_eval = sum(len(prompts) for prompts in inputs.eval_prompts.values())
         self.info(
@@ -100,6 +104,23 @@ class Recorder:
         """Say something that the user should look into."""
         if self._console:
             self._console.warning(text)
+
+    def tell_of_oversized(
+        self, step: int, batchings: Mapping[str, Batching], lengths: Sequence[int]
+    ) -> None:
+        """Warn of sequences beyond a packed micro-batch's budget, when there are longer ones."""
+        for model, batching in batchings.items():
+            oversized = batching.oversized(lengths)
+            longest = max(oversized, default=0)
+            if longest > self._longest_told.get(model, 0):
+                self._longest_told[model] = longest
+                setting = "max_tokens_per_microbatch"
+                setting = setting if model == "student" else f"{model}.{setting}"
+                self.warning(
+                    f"step {step}: {len(oversized)} of {len(lengths)} sequences, the longest of "
+                    f"{longest} tokens, exceed {setting} = {batching.max_tokens_per_microbatch}: "
+                    f"the {model} takes each by itself, with that much more memory"
+                )
 
     def phase(self, name: str) -> None:
         """Show what is being done now."""

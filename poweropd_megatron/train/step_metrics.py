@@ -4,7 +4,7 @@ Shapes: B sequences, T tokens, N tokens in the loss.
 """
 
 import resource
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from poweropd_megatron.objectives.labels import Labels
 from poweropd_megatron.objectives.loss import policy_gradient_loss
 from poweropd_megatron.objectives.rewards import Reward
 from poweropd_megatron.rollout.trajectories import FINISH_STOP, Trajectories
+from poweropd_megatron.train.batching import Batching
 from poweropd_megatron.train.student import StudentOutcome
 
 TRAINING_PHASES = ("rollout", "teacher", "student")
@@ -59,6 +60,14 @@ def step_metrics(
         "rollout/truncated_mass": float(trajectories.truncated_mass_BT[response_BT].mean()),
         "rollout/logp_gap": float(gap_N.max()) if len(gap_N) else 0.0,
         "num_tokens": num_tokens,
+    }
+
+
+def padding_metrics(batchings: Mapping[str, Batching], lengths: Sequence[int]) -> dict[str, float]:
+    """Return <model>/padding_fraction: the share of padding in what each model computed."""
+    return {
+        f"{model}/padding_fraction": batching.padding_fraction(lengths)
+        for model, batching in batchings.items()
     }
 
 

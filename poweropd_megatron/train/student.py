@@ -28,9 +28,10 @@ from poweropd_megatron.objectives.labels import Labels
 from poweropd_megatron.objectives.rewards import Reward
 from poweropd_megatron.ops.fused_policy_gradient import PolicyGradient
 from poweropd_megatron.parallel.layout import Layout
-from poweropd_megatron.parallel.world import own_rows, share_rows
+from poweropd_megatron.parallel.world import share_rows
 from poweropd_megatron.rollout.trajectories import Trajectories
-from poweropd_megatron.train.microbatches import MicroBatch, plan
+from poweropd_megatron.train.batching import Batching
+from poweropd_megatron.train.microbatches import MicroBatch, cut_batch, rows_of
 
 _ADVICE = (
     "the weights were not changed. Lower optimizer.lr, set optimizer.clip_grad, or try "
@@ -61,7 +62,11 @@ class Student:
         """
         self.layout = layout
         self.vocab_size = model.vocab_size
-        self._micro_batch_size = config.micro_batch_size
+        self.batching = Batching.of(
+            layout,
+            micro_batch_size=config.micro_batch_size,
+            max_tokens_per_microbatch=config.max_tokens_per_microbatch,
+        )
         self._head = config.objective.head
         self._logits_dtype = TORCH_DTYPES[config.objective.logits_dtype]
         [self.chunk] = build_model(
@@ -97,11 +102,8 @@ class Student:
         Raises: NonFiniteError on every rank, before the weights change, if a log-prob or the
         gradient isn't finite.
         """
-        rows = own_rows(
-            trajectories.num_sequences, rank=self.layout.dp_rank, size=self.layout.dp_size
-        )
-        micro_batches = plan(
-            trajectories, labels.mask_BT, rows, self.layout, micro_batch_size=self._micro_batch_size
+        micro_batches = cut_batch(
+            trajectories, labels.mask_BT, self.batching, dp_rank=self.layout.dp_rank
         )
         self._ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -113,8 +115,9 @@ class Student:
             model=[self._ddp],
             num_microbatches=len(micro_batches),
             seq_length=trajectories.token_ids_BT.shape[1],
-            micro_batch_size=self._micro_batch_size,
+            micro_batch_size=self.batching.micro_batch_size,
         )
+        rows = rows_of(micro_batches)
         logp_BT, entropy_BT = self._collect(results, rows, trajectories.token_ids_BT.shape)
         check_finite("log-probs of the student", logp_BT, _ADVICE)
         self.optimizer.prepare_grads()
@@ -148,11 +151,12 @@ class Student:
             logits_dtype=self._logits_dtype,
             device=self.layout.device,
         )
-        teacher_logp_N = micro_batch.cut(teacher_logp_BT)[micro_batch.mask_bS]
+        teacher_logp_N = micro_batch.cut(teacher_logp_BT)[micro_batch.mask_RS]
         output = ddp(
-            input_ids=micro_batch.token_ids_bS.to(self.layout.device),
+            input_ids=micro_batch.token_ids_RS.to(self.layout.device),
             position_ids=None,
             attention_mask=None,
+            packed_seq_params=micro_batch.packed_seq_params,
             output_processor=policy_gradient_of_chosen,
             output_processor_context=RewardedTokens(
                 chosen=chosen,

@@ -14,9 +14,10 @@ from poweropd_megatron.models.scoring import score_chosen
 from poweropd_megatron.objectives.labels import Labels
 from poweropd_megatron.parallel.layout import Layout
 from poweropd_megatron.parallel.pipeline import forward_stage
-from poweropd_megatron.parallel.world import own_rows, share_rows
+from poweropd_megatron.parallel.world import share_rows
 from poweropd_megatron.rollout.trajectories import Trajectories
-from poweropd_megatron.train.microbatches import plan
+from poweropd_megatron.train.batching import Batching
+from poweropd_megatron.train.microbatches import cut_batch, rows_of
 
 
 class Teacher:
@@ -30,6 +31,11 @@ class Teacher:
         self._logits_dtype = TORCH_DTYPES[logits_dtype]
         self._vocab_size = model.vocab_size
         self._layout = layout
+        self.batching = Batching.of(
+            layout,
+            micro_batch_size=config.micro_batch_size,
+            max_tokens_per_microbatch=config.max_tokens_per_microbatch,
+        )
         [self._chunk] = build_model(
             model, layout, folder=config.path, dtype=config.dtype, setting="teacher.path"
         )
@@ -45,20 +51,16 @@ class Teacher:
         result.
         """
         layout = self._layout
-        rows = own_rows(trajectories.num_sequences, rank=layout.dp_rank, size=layout.dp_size)
         logp_BT = torch.zeros(trajectories.token_ids_BT.shape)
-        micro_batches = plan(
-            trajectories,
-            labels.mask_BT,
-            rows,
-            layout,
-            micro_batch_size=self._config.micro_batch_size,
+        micro_batches = cut_batch(
+            trajectories, labels.mask_BT, self.batching, dp_rank=layout.dp_rank
         )
         for micro_batch in micro_batches:
             logp_N = forward_stage(
                 self._chunk,
                 layout,
-                micro_batch.token_ids_bS,
+                micro_batch.token_ids_RS,
+                packed_seq_params=micro_batch.packed_seq_params,
                 output_processor=score_chosen,
                 context=micro_batch.chosen(
                     labels.teacher_BT,
@@ -70,6 +72,7 @@ class Teacher:
             )
             if logp_N is not None:
                 micro_batch.put(logp_BT, logp_N)
+        rows = rows_of(micro_batches)
         whole_BT = share_rows(
             logp_BT[rows],
             rows,

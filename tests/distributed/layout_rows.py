@@ -20,6 +20,7 @@ def row(
     teacher: ParallelConfig | None = None,
     *,
     micro_batch_size: int = 2,
+    max_tokens_per_microbatch: int | None = None,
     use_distributed_optimizer: bool = True,
 ) -> Row:
     """Return a row whose teacher has the student's layout unless it is given its own."""
@@ -29,6 +30,7 @@ def row(
         student=student,
         teacher=teacher or student,
         micro_batch_size=micro_batch_size,
+        max_tokens_per_microbatch=max_tokens_per_microbatch,
         use_distributed_optimizer=use_distributed_optimizer,
     )
 

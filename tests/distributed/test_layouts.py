@@ -43,6 +43,22 @@ ROWS_UNTIED_ONLY = [
     row("PP2-micro-batch-4", 2, parallel(1, 2), micro_batch_size=4),
     row("DP2-micro-batch-1", 2, parallel(), micro_batch_size=1),
     row("DP2-micro-batch-4", 2, parallel(), micro_batch_size=4),
+    row("packed", 1, parallel(), max_tokens_per_microbatch=20),
+    row("packed-into-one", 1, parallel(), max_tokens_per_microbatch=1000),
+    row("packed-one-by-one", 1, parallel(), max_tokens_per_microbatch=1),
+    row("DP2-packed", 2, parallel(), max_tokens_per_microbatch=20),
+    row("DP2-packed-one-by-one", 2, parallel(), max_tokens_per_microbatch=1),
+    row("TP2-packed", 2, parallel(2), max_tokens_per_microbatch=20),
+    row("TP2+SP-packed", 2, parallel(2, sequence=True), max_tokens_per_microbatch=20),
+    row("PP2-packed", 2, parallel(1, 2), max_tokens_per_microbatch=20),
+    row("TP2xPP2+SP-packed", 4, parallel(2, 2, sequence=True), max_tokens_per_microbatch=20),
+    row(
+        "student-PP2xDP2-teacher-TP2xDP2+SP-packed",
+        4,
+        parallel(1, 2),
+        parallel(2, sequence=True),
+        max_tokens_per_microbatch=10,
+    ),
 ]
 CASES = [(row, "tied") for row in ROWS] + [(row, "untied") for row in ROWS + ROWS_UNTIED_ONLY]
 

@@ -61,6 +61,7 @@ class Row:
     student: ParallelConfig
     teacher: ParallelConfig
     micro_batch_size: int = 2
+    max_tokens_per_microbatch: int | None = None
     use_distributed_optimizer: bool = True
     head: Literal["fused", "recompute", "materialized"] = "fused"
 
@@ -126,18 +127,28 @@ class Models:
 
 
 def build_models(
-    row: Row, student_folder: str, teacher_folder: str, dtype: DType, optimizer: OptimizerConfig
+    row: Row,
+    student_folder: str,
+    teacher_folder: str,
+    dtype: DType,
+    optimizer: OptimizerConfig,
+    trajectories: Trajectories | None = None,
 ) -> Models:
-    """Return the models of this rank."""
+    """Return the models of this rank, and the batch: the fixed trajectories unless given."""
     cpu_device.install()
     config = TrainConfig(
         output_dir="unused",
         train_steps=NUM_UPDATES,
         global_batch_size=5,
         micro_batch_size=row.micro_batch_size,
+        max_tokens_per_microbatch=row.max_tokens_per_microbatch,
         student=StudentConfig(path=student_folder, dtype=dtype, parallel=row.student),
         teacher=TeacherConfig(
-            path=teacher_folder, dtype=dtype, parallel=row.teacher, micro_batch_size=2
+            path=teacher_folder,
+            dtype=dtype,
+            parallel=row.teacher,
+            micro_batch_size=2,
+            max_tokens_per_microbatch=row.max_tokens_per_microbatch,
         ),
         objective=ObjectiveConfig(head=row.head),
         optimizer=replace(optimizer, use_distributed_optimizer=row.use_distributed_optimizer),
@@ -146,7 +157,7 @@ def build_models(
     layout = student_layout(row.student, torch.device("cpu"), seed=1)
     student_model = Qwen3Config.from_folder(student_folder, setting="student.path")
     teacher_model = Qwen3Config.from_folder(teacher_folder, setting="teacher.path")
-    trajectories = fixed_trajectories()
+    trajectories = trajectories or fixed_trajectories()
     return Models(
         student=Student(config, student_model, layout),
         student_model=student_model,
@@ -159,10 +170,14 @@ def build_models(
 
 
 def update_on_ranks(
-    row: Row, student_folder: str, teacher_folder: str, dtype: DType = "fp32"
+    row: Row,
+    student_folder: str,
+    teacher_folder: str,
+    dtype: DType = "fp32",
+    trajectories: Trajectories | None = None,
 ) -> Measured:
     """Return what this rank saw of the updates in a layout."""
-    models = build_models(row, student_folder, teacher_folder, dtype, OPTIMIZER)
+    models = build_models(row, student_folder, teacher_folder, dtype, OPTIMIZER, trajectories)
     student = models.student
     finalize_model_grads = student.chunk.config.finalize_model_grads_func
     gradients: list[dict[str, list[Tensor]]] = []

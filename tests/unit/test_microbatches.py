@@ -1,15 +1,16 @@
-"""Micro-batches hold every row once, and what they write back lands where it came from."""
+"""Micro-batches hold every sequence once, and what they write back lands where it came from."""
 
-from types import SimpleNamespace
-from typing import Any
+import math
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support.made_trajectories import make
 
 from poweropd_megatron.rollout.trajectories import Trajectories
-from poweropd_megatron.train.microbatches import plan
+from poweropd_megatron.train.batching import Batching
+from poweropd_megatron.train.microbatches import cut_batch, rows_of
 
 
 @st.composite
@@ -24,77 +25,143 @@ def batches(draw: st.DrawFn) -> Trajectories:
     return make(rows, eos=0)
 
 
-def layout(tp_size: int, sequence_parallel: bool) -> Any:
-    return SimpleNamespace(
-        tp_size=tp_size, parallel=SimpleNamespace(sequence_parallel=sequence_parallel)
+@st.composite
+def batchings(draw: st.DrawFn) -> Batching:
+    return Batching(
+        micro_batch_size=draw(st.integers(1, 14)),
+        max_tokens_per_microbatch=draw(st.none() | st.integers(1, 60)),
+        dp_size=draw(st.integers(1, 4)),
+        length_multiple=draw(st.sampled_from([1, 2, 4])),
     )
 
 
-@given(
-    trajectories=batches(),
-    micro_batch_size=st.integers(1, 14),
-    tp_size=st.sampled_from([1, 2, 4]),
-    sequence_parallel=st.booleans(),
-    data=st.data(),
-)
-def test_each_row_is_in_one_micro_batch_cut_to_its_longest_row(
-    trajectories: Trajectories,
-    micro_batch_size: int,
-    tp_size: int,
-    sequence_parallel: bool,
-    data: st.DataObject,
+@given(trajectories=batches(), batching=batchings())
+def test_each_sequence_is_in_one_micro_batch_of_one_rank_whole_and_in_place(
+    trajectories: Trajectories, batching: Batching
 ) -> None:
-    chosen = data.draw(st.sets(st.integers(0, trajectories.num_sequences - 1)))
-    rows = torch.tensor(sorted(chosen), dtype=torch.int64)
+    """In a padded row from its start, in a packed one from where the sequence before it ends."""
     mask_BT = trajectories.response_mask_BT
-    micro_batches = plan(
-        trajectories,
-        mask_BT,
-        rows,
-        layout(tp_size, sequence_parallel),
-        micro_batch_size=micro_batch_size,
-    )
-    planned = [row for batch in micro_batches for row in batch.rows_b.tolist()]
-    assert sorted(planned) == rows.tolist()
-    sizes = [len(batch.rows_b) for batch in micro_batches]
-    assert all(size == micro_batch_size for size in sizes[:-1])
-    assert all(0 < size <= micro_batch_size for size in sizes)
-    lengths = [int(trajectories.total_lengths_B[row]) for row in planned]
-    assert lengths == sorted(lengths, reverse=True)
-
-    multiple = tp_size if sequence_parallel else 1
-    for batch in micro_batches:
-        longest = int(trajectories.total_lengths_B[batch.rows_b].max())
-        width = batch.token_ids_bS.shape[1]
-        assert width % multiple == 0
-        assert longest <= width < longest + multiple
-        assert batch.mask_bS.shape == batch.token_ids_bS.shape
-        for row, ids, mask in zip(
-            batch.rows_b.tolist(), batch.token_ids_bS, batch.mask_bS, strict=True
-        ):
-            length = int(trajectories.total_lengths_B[row])
-            assert torch.equal(ids[:length], trajectories.token_ids_BT[row, :length])
-            assert not ids[length:].any()
-            assert ids[mask].tolist() == trajectories.response_ids(row)
+    placed = []
+    for rank in range(batching.dp_size):
+        for batch in cut_batch(trajectories, mask_BT, batching, dp_rank=rank):
+            placed += batch.rows_b.tolist()
+            width = batch.token_ids_RS.shape[1]
+            assert width % batching.length_multiple == 0
+            assert batch.mask_RS.shape == batch.source_RS.shape == batch.token_ids_RS.shape
+            found = list(zip(batch.token_ids_RS, batch.mask_RS, strict=True))
+            if batching.is_packed:
+                [(ids, mask)] = found
+                lengths = trajectories.total_lengths_B[batch.rows_b].tolist()
+                padding = width - sum(lengths)
+                assert 0 <= padding < max(batching.length_multiple, 2)
+                assert batch.packed_lengths == (*lengths, *([padding] if padding else []))
+                assert not ids[sum(lengths) :].any()
+                assert not mask[sum(lengths) :].any()
+                parts = (x.split(batch.packed_lengths) for x in (ids, mask))
+                found = list(zip(*parts, strict=True))
+            else:
+                assert batch.packed_lengths is None
+            for row, (ids, mask) in zip(batch.rows_b.tolist(), found, strict=False):
+                length = int(trajectories.total_lengths_B[row])
+                assert torch.equal(ids[:length], trajectories.token_ids_BT[row, :length])
+                assert not ids[length:].any()
+                assert ids[mask].tolist() == trajectories.response_ids(row)
+    assert sorted(placed) == list(range(trajectories.num_sequences))
 
 
-@given(
-    trajectories=batches(),
-    micro_batch_size=st.integers(1, 5),
-    tp_size=st.sampled_from([1, 4]),
-)
+@given(trajectories=batches(), batching=batchings())
+def test_padded_micro_batches_are_full_and_as_long_as_their_longest_sequence(
+    trajectories: Trajectories, batching: Batching
+) -> None:
+    if batching.is_packed:
+        return
+    for rank in range(batching.dp_size):
+        micro_batches = cut_batch(
+            trajectories, trajectories.response_mask_BT, batching, dp_rank=rank
+        )
+        sizes = [len(batch.rows_b) for batch in micro_batches]
+        assert all(size == batching.micro_batch_size for size in sizes[:-1])
+        assert all(0 < size <= batching.micro_batch_size for size in sizes)
+        lengths = trajectories.total_lengths_B[rows_of(micro_batches)].tolist()
+        assert lengths == sorted(lengths, reverse=True)
+        for batch in micro_batches:
+            longest = int(trajectories.total_lengths_B[batch.rows_b].max())
+            assert longest <= batch.token_ids_RS.shape[1] < longest + batching.length_multiple
+
+
+@given(trajectories=batches(), batching=batchings())
+def test_a_packed_micro_batch_keeps_the_budget_with_its_padding_and_all_ranks_have_as_many(
+    trajectories: Trajectories, batching: Batching
+) -> None:
+    budget = batching.max_tokens_per_microbatch
+    if budget is None:
+        return
+    counts = set()
+    for rank in range(batching.dp_size):
+        micro_batches = cut_batch(
+            trajectories, trajectories.response_mask_BT, batching, dp_rank=rank
+        )
+        counts.add(len(micro_batches))
+        for batch in micro_batches:
+            assert len(batch.rows_b) <= 1 or batch.token_ids_RS.numel() <= budget
+    assert len(counts) == 1
+
+
+@given(trajectories=batches(), batching=batchings())
 def test_values_written_back_land_on_the_tokens_that_they_were_cut_from(
-    trajectories: Trajectories, micro_batch_size: int, tp_size: int
+    trajectories: Trajectories, batching: Batching
 ) -> None:
     mask_BT = trajectories.response_mask_BT
     values_BT = 1.0 + torch.arange(mask_BT.numel()).reshape(mask_BT.shape)
     written_BT = torch.zeros(mask_BT.shape)
-    for batch in plan(
-        trajectories,
-        mask_BT,
-        torch.arange(trajectories.num_sequences),
-        layout(tp_size, sequence_parallel=True),
-        micro_batch_size=micro_batch_size,
-    ):
-        batch.put(written_BT, batch.cut(values_BT)[batch.mask_bS])
+    for rank in range(batching.dp_size):
+        for batch in cut_batch(trajectories, mask_BT, batching, dp_rank=rank):
+            batch.put(written_BT, batch.cut(values_BT)[batch.mask_RS])
     assert torch.equal(written_BT, torch.where(mask_BT, values_BT, 0.0))
+
+
+@given(trajectories=batches(), batching=batchings())
+def test_the_padding_fraction_counts_the_positions_of_all_ranks(
+    trajectories: Trajectories, batching: Batching
+) -> None:
+    mask_BT = trajectories.response_mask_BT
+    num_positions = sum(
+        batch.token_ids_RS.numel()
+        for rank in range(batching.dp_size)
+        for batch in cut_batch(trajectories, mask_BT, batching, dp_rank=rank)
+    )
+    lengths = trajectories.total_lengths_B.tolist()
+    assert math.isclose(
+        batching.padding_fraction(lengths), 1 - sum(lengths) / num_positions, abs_tol=1e-12
+    )
+
+
+@given(trajectories=batches(), batching=batchings())
+def test_padding_takes_nothing_from_the_batch_not_even_nan(
+    trajectories: Trajectories, batching: Batching
+) -> None:
+    position_T = torch.arange(trajectories.token_ids_BT.shape[1])
+    is_real_BT = position_T < trajectories.total_lengths_B[:, None]
+    values_BT = torch.where(is_real_BT, 1.0, float("nan"))
+    for batch in cut_batch(trajectories, trajectories.response_mask_BT, batching, dp_rank=0):
+        assert batch.cut(values_BT).isfinite().all()
+
+
+@pytest.mark.parametrize("budget", [None, 100])
+def test_a_first_token_in_the_loss_is_refused(budget: int | None) -> None:
+    """In a pack it would be predicted from the sequence before it."""
+    trajectories = make([([5, 6], [7, 0]), ([8], [9])], eos=0)
+    mask_BT = trajectories.response_mask_BT
+    mask_BT[1, 0] = True
+    batching = Batching(
+        micro_batch_size=2, max_tokens_per_microbatch=budget, dp_size=1, length_multiple=1
+    )
+    with pytest.raises(ValueError, match="first token"):
+        cut_batch(trajectories, mask_BT, batching, dp_rank=0)
+
+
+def test_only_lengths_beyond_the_budget_are_oversized() -> None:
+    batching = Batching(
+        micro_batch_size=1, max_tokens_per_microbatch=8, dp_size=1, length_multiple=4
+    )
+    assert batching.oversized([7, 8, 9, 30]) == [9, 30]

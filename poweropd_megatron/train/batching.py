@@ -1,0 +1,80 @@
+"""How the batch of one model is cut into micro-batches: from the lengths, for all ranks."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from poweropd_megatron.parallel.layout import Layout
+from poweropd_megatron.parallel.world import own_rows
+from poweropd_megatron.train.packing import Packs, plan_packs
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batching:
+    """The settings of one model, and what its layout asks of a micro-batch.
+
+    length_multiple: what the positions of a row must be a multiple of.
+    """
+
+    micro_batch_size: int
+    max_tokens_per_microbatch: int | None
+    dp_size: int
+    length_multiple: int
+
+    @classmethod
+    def of(
+        cls, layout: Layout, *, micro_batch_size: int, max_tokens_per_microbatch: int | None
+    ) -> "Batching":
+        """Return how the settings cut a batch in a layout: sequence parallelism pads to TP."""
+        return cls(
+            micro_batch_size=micro_batch_size,
+            max_tokens_per_microbatch=max_tokens_per_microbatch,
+            dp_size=layout.dp_size,
+            length_multiple=layout.tp_size if layout.parallel.sequence_parallel else 1,
+        )
+
+    @property
+    def is_packed(self) -> bool:
+        """Return True if the sequences of a micro-batch lie end to end in one row."""
+        return self.max_tokens_per_microbatch is not None
+
+    def plan(self, lengths: Sequence[int]) -> list[Packs]:
+        """Return each rank's micro-batches, as numbers of sequences.
+
+        Right-padded: a rank has a contiguous share, and none if there is none for it; sequences of
+        like length go together, micro_batch_size at a time. Packed: see plan_packs; the budget
+        counts what length_multiple adds, and a rank's micro-batches may be empty.
+        """
+        if self.max_tokens_per_microbatch is not None:
+            budget = self.max_tokens_per_microbatch // self.length_multiple * self.length_multiple
+            return plan_packs(lengths, max_tokens=max(budget, 1), num_ranks=self.dp_size)
+        plan = []
+        for rank in range(self.dp_size):
+            rows = own_rows(len(lengths), rank=rank, size=self.dp_size).tolist()
+            rows.sort(key=lambda row: -lengths[row])
+            starts = range(0, len(rows), self.micro_batch_size)
+            plan.append([rows[start : start + self.micro_batch_size] for start in starts])
+        return plan
+
+    def input_shape(self, lengths: Sequence[int]) -> tuple[int, int]:
+        """Return the rows and positions of the input that holds sequences of these lengths.
+
+        An empty micro-batch has length_multiple positions of padding: a rank that has nothing left
+        to compute takes part in the others' collectives all the same.
+        """
+        needed = max(sum(lengths) if self.is_packed else max(lengths), 1)
+        width = -(-needed // self.length_multiple) * self.length_multiple
+        return (1 if self.is_packed else len(lengths)), width
+
+    def padding_fraction(self, lengths: Sequence[int]) -> float:
+        """Return which share of the positions that the model computes is padding."""
+        shapes = [
+            self.input_shape([lengths[row] for row in rows])
+            for packs in self.plan(lengths)
+            for rows in packs
+        ]
+        return 1 - sum(lengths) / sum(rows * width for rows, width in shapes)
+
+    def oversized(self, lengths: Sequence[int]) -> list[int]:
+        """Return the lengths beyond max_tokens_per_microbatch: each a micro-batch by itself."""
+        budget = self.max_tokens_per_microbatch
+        return [] if budget is None else [length for length in lengths if length > budget]
