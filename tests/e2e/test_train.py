@@ -21,6 +21,7 @@ STEP_METRICS = (
     *("reward/mean", "reward/std", "reward/min", "reward/max", "reward/p05", "reward/p95"),
     *("reward/dead_fraction", "response_length/mean", "response_length/max"),
     *("rollout/eos_rate", "rollout/truncation_rate", "rollout/truncated_mass", "rollout/logp_gap"),
+    *("student/padding_fraction", "teacher/padding_fraction"),
     *("time/rollout_seconds", "time/teacher_seconds", "time/student_seconds"),
     *("time/step_seconds", "tokens_per_second", "memory/peak_bytes"),
 )

@@ -3,7 +3,6 @@
 Shapes: S positions, B sequences, Hq query heads, Hk key heads, D channels a head, T tokens.
 """
 
-from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,78 +12,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.transformer_config import TransformerConfig
+from support.attention_checks import (
+    HEADS,
+    PACKS,
+    D,
+    config,
+    errors,
+    exact,
+    exact_packed,
+    random_inputs,
+    values_and_gradients,
+)
 from torch import Tensor
 
 from poweropd_megatron.models.layers import RowRotaryEmbedding, SDPACoreAttention
 from poweropd_megatron.models.packed import pack_params, packed_lengths
 from poweropd_megatron.parallel.layout import Layout
-
-D = 8
-HEADS = {"multi-head": (4, 4), "grouped-query": (6, 2), "one key head": (4, 1)}
-PACKS = {
-    "ragged": [7, 1, 12, 5],
-    "runs of equal length": [9, 9, 4, 4, 4, 2],
-    "one sequence": [17],
-    "single tokens": [1, 1, 1],
-    "very different lengths": [90, 1, 2, 40],
-}
-Inputs = tuple[Tensor, Tensor, Tensor]
-
-
-def config(heads: tuple[int, int], dtype: torch.dtype = torch.float32) -> TransformerConfig:
-    return TransformerConfig(
-        num_layers=1,
-        hidden_size=heads[0] * D,
-        num_attention_heads=heads[0],
-        num_query_groups=heads[1],
-        kv_channels=D,
-        attention_dropout=0.0,
-        params_dtype=dtype,
-        bf16=dtype is torch.bfloat16,
-        masked_softmax_fusion=False,
-    )
-
-
-def random_inputs(shape: tuple[int, ...], heads: tuple[int, int], dtype: torch.dtype) -> Inputs:
-    generator = torch.Generator().manual_seed(0)
-    query, key, value = (
-        torch.randn(*shape, count, D, generator=generator).to(dtype)
-        for count in (heads[0], heads[1], heads[1])
-    )
-    return query, key, value
-
-
-def values_and_gradients(attend: Callable[..., Tensor], inputs: Inputs) -> list[Tensor]:
-    """Return the attended values and the gradients of the inputs, for a fixed gradient."""
-    leaves = [x.detach().clone().requires_grad_() for x in inputs]
-    attended = attend(*leaves)
-    generator = torch.Generator().manual_seed(1)
-    gradient = torch.randn(attended.shape, generator=generator).to(attended.dtype)
-    attended.backward(gradient)
-    return [attended.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
-
-
-def exact(inputs: Inputs) -> list[Tensor]:
-    """Return values and gradients of causal attention written out in fp64."""
-
-    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        groups = query.shape[2] // key.shape[2]
-        key, value = (x.repeat_interleave(groups, dim=2) for x in (key, value))
-        scores = torch.einsum("sbhd,tbhd->bhst", query, key) / D**0.5
-        is_later = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
-        weights = scores.masked_fill(is_later, float("-inf")).softmax(dim=-1)
-        return torch.einsum("bhst,tbhd->sbhd", weights, value).flatten(2)
-
-    query, key, value = (x.double() for x in inputs)
-    return values_and_gradients(attend, (query, key, value))
-
-
-def errors(found: list[Tensor], reference: list[Tensor]) -> list[float]:
-    return [
-        float((one.double() - other).norm() / other.norm())
-        for one, other in zip(found, reference, strict=True)
-    ]
 
 
 @pytest.mark.parametrize("heads", HEADS)
@@ -123,10 +66,7 @@ def test_packed_values_and_gradients_are_those_of_each_sequence_by_itself(
         return torch.cat([attention(*(x[:, None] for x in part))[:, 0] for part in parts])
 
     assert max(errors(found, values_and_gradients(one_by_one, inputs))) <= 1e-6
-    query, key, value = (x.double() for x in inputs)
-    sequences = zip(*(x.split(lengths) for x in (query, key, value)), strict=True)
-    written_out = torch.cat([exact(tuple(x[:, None] for x in s))[0][:, 0] for s in sequences])
-    assert float((found[0] - written_out).norm() / written_out.norm()) <= 1e-6
+    assert max(errors(found, exact_packed(inputs, lengths))) <= 1e-6
 
 
 @pytest.mark.parametrize("broken", [0, 1, 2])

@@ -216,6 +216,18 @@ def test_a_batch_that_the_ranks_cannot_share_says_what_would_work():
     )
 
 
+def test_packing_takes_any_batch_that_has_a_response_for_each_rank():
+    """micro_batch_size, which must divide a rank's share otherwise, isn't used then."""
+    config = config_with(micro_batch_size=5, max_tokens_per_microbatch=100)
+    for world_size in (1, 5, 12):
+        check(config, world_size)
+    config.student.parallel.tensor_model_parallel_size = 2
+    assert message_of(config, 26) == (
+        "global_batch_size = 12 must be at least the student's data-parallel size = 13 "
+        "(26 ranks / 2 model-parallel): each rank needs a response"
+    )
+
+
 @given(
     batch=st.integers(1, 64),
     micro=st.integers(1, 9),

@@ -7,6 +7,7 @@ import pytest
 from support.run_settings import small_run
 
 from poweropd_megatron.config.schema import TrainConfig
+from poweropd_megatron.train.batching import Batching
 from poweropd_megatron.train.evaluation import Evaluation
 from poweropd_megatron.train.recorder import Recorder, summarise
 
@@ -56,3 +57,26 @@ def test_records_that_the_user_deleted_leave_a_finished_run_without_their_number
     assert summary["after"] == ({"greedy_accuracy": 0.75} if evaluated else {})
     assert summary["grad_norm"] == {}
     assert (Path(config.output_dir) / "report.html").is_file()
+
+
+def test_sequences_beyond_the_token_budget_are_told_of_when_there_are_longer_ones(
+    config: TrainConfig,
+) -> None:
+    batchings = {
+        model: Batching(
+            micro_batch_size=1, max_tokens_per_microbatch=budget, dp_size=1, length_multiple=1
+        )
+        for model, budget in (("student", 100), ("teacher", 400), ("other", None))
+    }
+    recorder = Recorder(config, is_first_rank=True)
+    with recorder.speaking():
+        for step, lengths in enumerate(([100, 30], [101, 300], [300, 20], [500, 10]), start=1):
+            recorder.tell_of_oversized(step, batchings, lengths)
+    said = (Path(config.output_dir) / "train.log").read_text()
+    assert said.count("exceed") == 3
+    assert (
+        "step 2: 2 of 2 sequences, the longest of 300 tokens, exceed max_tokens_per_microbatch = "
+        "100: the student takes each by itself, with that much more memory"
+    ) in said
+    assert "step 4: 1 of 2 sequences, the longest of 500 tokens, exceed max_tokens" in said
+    assert "exceed teacher.max_tokens_per_microbatch = 400: the teacher takes each" in said
