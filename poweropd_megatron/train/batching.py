@@ -10,19 +10,26 @@ from poweropd_megatron.train.packing import Packs, plan_packs
 
 @dataclass(frozen=True, kw_only=True)
 class Batching:
-    """The settings of one model, and what its layout asks of a micro-batch.
+    """The settings of one model, and what its layout asks of micro-batches.
 
     length_multiple: what the positions of a row must be a multiple of.
+    num_microbatches_multiple: what each rank's number of micro-batches must be a multiple of.
     """
 
     micro_batch_size: int
     max_tokens_per_microbatch: int | None
     dp_size: int
     length_multiple: int
+    num_microbatches_multiple: int = 1
 
     @classmethod
     def of(
-        cls, layout: Layout, *, micro_batch_size: int, max_tokens_per_microbatch: int | None
+        cls,
+        layout: Layout,
+        *,
+        micro_batch_size: int,
+        max_tokens_per_microbatch: int | None,
+        num_microbatches_multiple: int = 1,
     ) -> "Batching":
         """Return how the settings cut a batch in a layout: sequence parallelism pads to TP."""
         return cls(
@@ -30,6 +37,7 @@ class Batching:
             max_tokens_per_microbatch=max_tokens_per_microbatch,
             dp_size=layout.dp_size,
             length_multiple=layout.tp_size if layout.parallel.sequence_parallel else 1,
+            num_microbatches_multiple=num_microbatches_multiple,
         )
 
     @property
@@ -38,22 +46,32 @@ class Batching:
         return self.max_tokens_per_microbatch is not None
 
     def plan(self, lengths: Sequence[int]) -> list[Packs]:
-        """Return each rank's micro-batches, as numbers of sequences.
+        """Return each rank's micro-batches, as numbers of sequences: equally many on all ranks.
 
-        Right-padded: a rank has a contiguous share, and none if there is none for it; sequences of
-        like length go together, micro_batch_size at a time. Packed: see plan_packs; the budget
-        counts what length_multiple adds, and a rank's micro-batches may be empty.
+        Right-padded: a rank has a contiguous share, of which sequences of like length go together,
+        micro_batch_size at a time. Packed: see plan_packs; the budget counts what length_multiple
+        adds. In both forms the last ones of a rank may be empty.
         """
-        if self.max_tokens_per_microbatch is not None:
-            budget = self.max_tokens_per_microbatch // self.length_multiple * self.length_multiple
-            return plan_packs(lengths, max_tokens=max(budget, 1), num_ranks=self.dp_size)
-        plan = []
+        if self.max_tokens_per_microbatch is None:
+            return self._plan_padded(lengths)
+        budget = self.max_tokens_per_microbatch // self.length_multiple * self.length_multiple
+        return plan_packs(
+            lengths,
+            max_tokens=max(budget, 1),
+            num_ranks=self.dp_size,
+            num_packs_multiple=self.num_microbatches_multiple,
+        )
+
+    def _plan_padded(self, lengths: Sequence[int]) -> list[Packs]:
+        plan: list[Packs] = []
         for rank in range(self.dp_size):
             rows = own_rows(len(lengths), rank=rank, size=self.dp_size).tolist()
             rows.sort(key=lambda row: -lengths[row])
             starts = range(0, len(rows), self.micro_batch_size)
             plan.append([rows[start : start + self.micro_batch_size] for start in starts])
-        return plan
+        multiple = self.num_microbatches_multiple
+        most = -(-max(map(len, plan)) // multiple) * multiple
+        return [packs + [[] for _ in range(most - len(packs))] for packs in plan]
 
     def input_shape(self, lengths: Sequence[int]) -> tuple[int, int]:
         """Return the rows and positions of the input that holds sequences of these lengths.
@@ -61,9 +79,9 @@ class Batching:
         An empty micro-batch has length_multiple positions of padding: a rank that has nothing left
         to compute takes part in the others' collectives all the same.
         """
-        needed = max(sum(lengths) if self.is_packed else max(lengths), 1)
-        width = -(-needed // self.length_multiple) * self.length_multiple
-        return (1 if self.is_packed else len(lengths)), width
+        needed = sum(lengths) if self.is_packed else max(lengths, default=0)
+        width = -(-max(needed, 1) // self.length_multiple) * self.length_multiple
+        return (1 if self.is_packed else max(len(lengths), 1)), width
 
     def padding_fraction(self, lengths: Sequence[int]) -> float:
         """Return which share of the positions that the model computes is padding."""
