@@ -4,6 +4,7 @@ Shapes: S positions, B sequences, Hq query heads and Hk key heads on this rank, 
 T tokens of a pack.
 """
 
+import inspect
 from itertools import groupby
 from typing import Any
 
@@ -17,6 +18,9 @@ from torch.nn.attention.varlen import varlen_attn
 
 from poweropd_megatron.models.kv_cache import LayerCache
 from poweropd_megatron.models.packed import packed_lengths
+
+_VARLEN_HAS_GROUPS = "enable_gqa" in inspect.signature(varlen_attn).parameters
+"""Older releases of torch have variable lengths without grouped queries."""
 
 
 class RMSNorm(torch.nn.Module):
@@ -133,7 +137,8 @@ class SDPACoreAttention(torch.nn.Module):
 def _has_varlen_kernel(query: Tensor) -> bool:
     """Return whether torch has flash attention of variable lengths for a query like this."""
     return (
-        query.is_cuda
+        _VARLEN_HAS_GROUPS
+        and query.is_cuda
         and query.dtype in (torch.bfloat16, torch.float16)
         and query.shape[-1] % 8 == 0
         and query.shape[-1] <= 256
