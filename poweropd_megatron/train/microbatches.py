@@ -12,6 +12,7 @@ from torch import Tensor
 
 from poweropd_megatron.models.scoring import ChosenTokens
 from poweropd_megatron.parallel.layout import Layout
+from poweropd_megatron.parallel.world import most_rows
 from poweropd_megatron.rollout.trajectories import Trajectories
 
 
@@ -33,10 +34,8 @@ class MicroBatch:
 
     def put(self, whole_BT: Tensor, values_N: Tensor) -> None:
         """Write a value for each token in the loss, row by row, into a whole batch's tensor."""
-        part_bS = torch.zeros(self.mask_bS.shape, dtype=whole_BT.dtype)
-        part_bS[self.mask_bS] = values_N.detach().to(whole_BT)
-        length = min(part_bS.shape[1], whole_BT.shape[1])
-        whole_BT[self.rows_b, :length] = part_bS[:, :length]
+        row_N, position_N = self.mask_bS.nonzero(as_tuple=True)
+        whole_BT[self.rows_b[row_N], position_N] = values_N.detach().to(whole_BT)
 
     def chosen(
         self,
@@ -68,6 +67,8 @@ def plan(
     """Return the micro-batches of a data-parallel rank's rows, sequences of like length together.
 
     Each row is in exactly one; all but the last have micro_batch_size rows; no rows make none.
+    Ranks whose model copies share experts get equally many: the last of them may be idle ones, of a
+    few tokens, none in the loss.
     Lengths are rounded up to a multiple of the tensor-parallel size where sequence parallelism
     needs it.
     """
@@ -85,7 +86,21 @@ def plan(
                 mask_bS=_cut_or_pad(mask_BT[rows_b], length),
             )
         )
-    return batches
+    if len(layout.copies_in_step) == 1:
+        return batches
+    most = most_rows(trajectories.num_sequences, ranks=layout.copies_in_step, size=layout.dp_size)
+    num_idle = -(-most // micro_batch_size) - len(batches)
+    return batches + [_idle(trajectories, multiple)] * num_idle
+
+
+def _idle(trajectories: Trajectories, length: int) -> MicroBatch:
+    """Return a micro-batch that makes this rank take part in a forward and changes nothing."""
+    token_ids_bS = _cut_or_pad(trajectories.token_ids_BT[:1], length)
+    return MicroBatch(
+        rows_b=torch.zeros(1, dtype=torch.int64),
+        token_ids_bS=token_ids_bS,
+        mask_bS=torch.zeros_like(token_ids_bS, dtype=torch.bool),
+    )
 
 
 def _cut_or_pad(rows_bT: Tensor, length: int) -> Tensor:

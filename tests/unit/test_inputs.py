@@ -89,7 +89,7 @@ def test_good_inputs_are_read_and_nothing_is_written(config: TrainConfig) -> Non
         (
             lambda path: edit_json(path / "config.json", model_type="llama"),
             InputError,
-            ["config.json has model_type 'llama'; supported is 'qwen3'"],
+            ["config.json has model_type 'llama'; supported are 'qwen3'"],
         ),
         (
             lambda path: (path / "model.safetensors").unlink(),

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.made_trajectories import make
 
+from poweropd_megatron.parallel.world import own_rows
 from poweropd_megatron.rollout.trajectories import Trajectories
 from poweropd_megatron.train.microbatches import plan
 
@@ -24,9 +25,14 @@ def batches(draw: st.DrawFn) -> Trajectories:
     return make(rows, eos=0)
 
 
-def layout(tp_size: int, sequence_parallel: bool) -> Any:
+def layout(
+    tp_size: int, sequence_parallel: bool, *, copies_in_step: range = range(1), dp_size: int = 1
+) -> Any:
     return SimpleNamespace(
-        tp_size=tp_size, parallel=SimpleNamespace(sequence_parallel=sequence_parallel)
+        tp_size=tp_size,
+        dp_size=dp_size,
+        copies_in_step=copies_in_step,
+        parallel=SimpleNamespace(sequence_parallel=sequence_parallel),
     )
 
 
@@ -97,4 +103,42 @@ def test_values_written_back_land_on_the_tokens_that_they_were_cut_from(
         micro_batch_size=micro_batch_size,
     ):
         batch.put(written_BT, batch.cut(values_BT)[batch.mask_bS])
+    assert torch.equal(written_BT, torch.where(mask_BT, values_BT, 0.0))
+
+
+@given(
+    trajectories=batches(),
+    micro_batch_size=st.integers(1, 5),
+    num_copies=st.sampled_from([1, 2, 4]),
+    num_groups=st.integers(1, 3),
+    tp_size=st.sampled_from([1, 4]),
+)
+def test_copies_that_share_experts_get_as_many_micro_batches_and_idle_ones_change_nothing(
+    trajectories: Trajectories,
+    micro_batch_size: int,
+    num_copies: int,
+    num_groups: int,
+    tp_size: int,
+) -> None:
+    mask_BT = trajectories.response_mask_BT
+    size = num_copies * num_groups
+    values_BT = 1.0 + torch.arange(mask_BT.numel()).reshape(mask_BT.shape)
+    written_BT = torch.zeros(mask_BT.shape)
+    for first in range(0, size, num_copies):
+        copies = range(first, first + num_copies)
+        counts = set()
+        for dp_rank in copies:
+            planned = plan(
+                trajectories,
+                mask_BT,
+                own_rows(trajectories.num_sequences, rank=dp_rank, size=size),
+                layout(tp_size, True, copies_in_step=copies, dp_size=size),
+                micro_batch_size=micro_batch_size,
+            )
+            counts.add(len(planned))
+            for batch in planned:
+                batch.put(written_BT, batch.cut(values_BT)[batch.mask_bS])
+                assert batch.token_ids_bS.shape == batch.mask_bS.shape
+                assert batch.token_ids_bS.shape[1] % tp_size == 0
+        assert len(counts) == 1
     assert torch.equal(written_BT, torch.where(mask_BT, values_BT, 0.0))
