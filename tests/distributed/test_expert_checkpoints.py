@@ -12,6 +12,7 @@ from training import OPTIMIZER, Models, Row, build_models
 from poweropd_megatron.checkpoint.export import export
 from poweropd_megatron.checkpoint.run_state import RunState
 from poweropd_megatron.checkpoint.store import CheckpointStore
+from poweropd_megatron.config.schema import DType
 from poweropd_megatron.data.prompts import Prompt, PromptStream
 from poweropd_megatron.models.hf_folder import HFFolder
 
@@ -22,6 +23,12 @@ TP2_EP2 = row("TP2+SPxEP2", 2, parallel(2, expert=2, sequence=True))
 TP2 = row("TP2+SP", 2, parallel(2, sequence=True))
 PP2 = row("PP2", 2, parallel(1, 2))
 EP2_DP2 = row("EP2xDP2", 4, parallel(expert=2))
+EP2_BF16 = row("EP2-bf16", 2, parallel(expert=2))
+EP2_PLAIN = row("EP2-plain-optimizer", 2, parallel(expert=2), use_distributed_optimizer=False)
+
+
+def dtype_of(layout: Row) -> DType:
+    return "bf16" if layout is EP2_BF16 else "fp32"
 
 
 def state_of(models: Models, folder: Path) -> RunState:
@@ -33,17 +40,19 @@ def state_of(models: Models, folder: Path) -> RunState:
     )
 
 
-def update_and_save(layout: Row, student: str, teacher: str, folder: str) -> None:
+def update_and_save(layout: Row, student: str, teacher: str, folder: str, dtype: DType) -> None:
     """Update twice, save after the first, export after the second."""
-    models = build_models(layout, student, teacher, "fp32", OPTIMIZER)
+    models = build_models(layout, student, teacher, dtype, OPTIMIZER)
     models.update(models.teacher.score(models.trajectories, models.labels))
     state_of(models, Path(folder)).save(1)
     finish(models, student, folder)
 
 
-def resume(layout: Row, student: str, teacher: str, straight: str, folder: str) -> None:
+def resume(
+    layout: Row, student: str, teacher: str, straight: str, folder: str, dtype: DType
+) -> None:
     """Go on after the first update of another run."""
-    models = build_models(layout, student, teacher, "fp32", OPTIMIZER)
+    models = build_models(layout, student, teacher, dtype, OPTIMIZER)
     assert state_of(models, Path(straight)).load_latest() == 1
     finish(models, student, folder)
 
@@ -64,7 +73,7 @@ def straight(
 ) -> dict[str, Path]:
     """Return the folders of runs of two updates by the name of their layout."""
     made = {}
-    for layout in (ONE, EP2, TP2_EP2):
+    for layout in (ONE, EP2, TP2_EP2, EP2_BF16, EP2_PLAIN):
         made[layout.name] = tmp_path_factory.mktemp("run")
         ranks.run(
             update_and_save,
@@ -72,6 +81,7 @@ def straight(
             folders["student-experts"],
             folders["teacher-experts"],
             str(made[layout.name]),
+            dtype_of(layout),
             world_size=layout.world_size,
         )
     return made
@@ -95,6 +105,8 @@ def test_an_export_is_that_of_one_process_up_to_rounding(
         (ONE, ONE),
         (EP2, EP2),
         (TP2_EP2, TP2_EP2),
+        (EP2_BF16, EP2_BF16),
+        (EP2_PLAIN, EP2_PLAIN),
         (EP2, ONE),
         (EP2, TP2_EP2),
         (EP2, PP2),
@@ -119,6 +131,7 @@ def test_a_resumed_run_goes_on_as_if_nothing_had_happened(
         folders["teacher-experts"],
         str(straight[saved.name]),
         str(tmp_path),
+        dtype_of(layout),
         world_size=layout.world_size,
     )
     expected, found = exported(straight[saved.name]), exported(tmp_path)
