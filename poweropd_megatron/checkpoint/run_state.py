@@ -120,17 +120,31 @@ def _start_adam(optimizer: Any) -> None:
 
 
 def _load_optimizer(optimizer: Any, states: dict[int, dict[str, Any]]) -> None:
-    """Load the optimizer's states, also where they were not divided into these parts.
+    """Load the optimizer's states, also those of a run that had one for all weights."""
+    parts = optimizer.chained_optimizers
+    for number in range(1, len(parts)):
+        _complete(states[number], states[0])
+    for number, part in enumerate(parts):
+        _load_part(part, states[number])
 
-    What they have beside tensors by weight is the same in all of them: learning rates, step counts.
+
+def _complete(of_experts: dict[str, Any], first: dict[str, Any]) -> None:
+    """Give the experts' state what the other has beside tensors, if it was saved without.
+
+    That is the same for all weights: learning rates, the step count, which weights don't decay.
     """
-    for number, part in enumerate(optimizer.chained_optimizers):
-        state = states[number]
-        if "optimizer" not in state and "param_groups" not in state:
-            groups = states[0]["optimizer"]["param_groups"]
-            of_experts = [group | {"is_expert_parallel": True} for group in groups]
-            state["optimizer"] = states[0]["optimizer"] | {"param_groups": of_experts}
-        _load_part(part, state)
+    theirs = first.get("optimizer", first)
+    own = of_experts.setdefault("optimizer", {}) if "optimizer" in first else of_experts
+    groups = own.get("param_groups", [])
+    if any("lr" in group for group in groups):
+        return
+    parameters = {number: group["params"] for number, group in enumerate(groups)}
+    own["param_groups"] = [
+        group | {"is_expert_parallel": True, "params": parameters.get(number, [])}
+        for number, group in enumerate(theirs["param_groups"])
+    ]
+    if "common_step" in theirs.get("state", {}):
+        own["state"]["common_step"] = theirs["state"]["common_step"]
 
 
 def _load_part(part: Any, state: dict[str, Any]) -> None:
