@@ -32,7 +32,8 @@ def export(student: Student, model: Qwen3Config, *, reference: str, target: Path
     (tokenizer, config.json, generation_config.json) is copied from the folder that the student came
     from, but that config.json states the type of the exported tensors. The folder appears by one
     rename; an older export is replaced.
-    Cost: a gather of each parameter over the tensor-parallel ranks; memory of one output file on
+    Cost: a gather of each parameter over the tensor-parallel ranks, or an expert's over the
+    expert-parallel ones; memory of one output file on
     the writers.
     Raises: InputError on all ranks if the files can't be written, or don't hold exactly the
     reference's tensors.
@@ -102,21 +103,37 @@ def _stage_tensors(
     student: Student, model: Qwen3Config, layout: Layout
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield this stage's tensors under their Hugging Face names, on the CPU."""
-    rows = {
-        weight.megatron: weight
-        for weight in hf_weights.weights_of(model, layer_numbers(student.chunk))
-    }
+    layers = layer_numbers(student.chunk)
+    tables = [
+        {
+            weight.megatron: weight
+            for weight in hf_weights.weights_of(
+                model, layers, ep_rank=ep_rank, ep_size=layout.ep_size
+            )
+        }
+        for ep_rank in range(layout.ep_size)
+    ]
     for name, parameter in student.chunk.named_parameters():
-        weight = rows[name]
+        weight = tables[layout.ep_rank][name]
         if name == "output_layer.weight" and model.tie_word_embeddings:
             continue
         shard = parameter.detach()
-        shards = [shard]
-        if weight.dim is not None and layout.tp_size > 1:
-            shards = [torch.empty_like(shard) for _ in range(layout.tp_size)]
-            dist.all_gather(shards, shard.contiguous(), group=layout.groups.tp)
-        shards = [part.cpu() for part in shards]
+        if weight.is_expert:
+            shards = _gather(shard, layout.groups.ep)
+            for table, part in zip(tables, shards, strict=True):
+                yield from hf_weights.to_hugging_face(
+                    table[name], [part], vocab_size=model.vocab_size
+                )
+            continue
+        shards = [shard.cpu()] if weight.dim is None else _gather(shard, layout.groups.tp)
         yield from hf_weights.to_hugging_face(weight, shards, vocab_size=model.vocab_size)
+
+
+def _gather(shard: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
+    """Return the shards of a group's ranks, on the CPU."""
+    shards = [torch.empty_like(shard) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(shards, shard.contiguous(), group=group)
+    return [part.cpu() for part in shards]
 
 
 def _finish(

@@ -16,7 +16,10 @@ from poweropd_megatron.errors import CheckpointError
 from poweropd_megatron.models.qwen3 import Qwen3Config
 from poweropd_megatron.train.student import Student
 
-_RESHARDABLE = {"distrib_optim_sharding_type": "fully_reshardable"}
+_RESHARDABLE = {
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "chained_optim_avoid_prefix": True,
+}
 
 
 class RunState:
@@ -82,7 +85,11 @@ class RunState:
         return int(run["step"])
 
     def _sharded_state(self, *, is_loading: bool) -> dict[str, Any]:
-        """Return model and optimizer as sharded tensors, without the specs' _extra_state."""
+        """Return model and optimizer as sharded tensors, without the specs' _extra_state.
+
+        The optimizer is a state by number: that of all weights, or of those outside the experts and
+        of the experts, where other ranks hold copies of these than of the rest.
+        """
         model = {
             name: value
             for name, value in self._student.chunk.sharded_state_dict().items()
@@ -91,7 +98,8 @@ class RunState:
         optimizer = self._student.optimizer.sharded_state_dict(
             model, is_loading=is_loading, metadata=_RESHARDABLE
         )
-        return {"model": model, "optimizer": optimizer}
+        parts = self._student.optimizer.chained_optimizers
+        return {"model": model, "optimizer": optimizer if len(parts) > 1 else {0: optimizer}}
 
 
 def _start_adam(optimizer: Any) -> None:
@@ -111,14 +119,41 @@ def _start_adam(optimizer: Any) -> None:
                 }
 
 
-def _load_optimizer(optimizer: Any, state: dict[str, Any]) -> None:
-    """Load the optimizer's state, also where torch's Adam keeps its step count beside the moments.
+def _load_optimizer(optimizer: Any, states: dict[int, dict[str, Any]]) -> None:
+    """Load the optimizer's states, also those of a run that had one for all weights."""
+    parts = optimizer.chained_optimizers
+    for number in range(1, len(parts)):
+        _complete(states[number], states[0])
+    for number, part in enumerate(parts):
+        _load_part(part, states[number])
+
+
+def _complete(of_experts: dict[str, Any], first: dict[str, Any]) -> None:
+    """Give the experts' state what the other has beside tensors, if it was saved without.
+
+    That is the same for all weights: learning rates, the step count, which weights don't decay.
+    """
+    theirs = first.get("optimizer", first)
+    own = of_experts.setdefault("optimizer", {}) if "optimizer" in first else of_experts
+    groups = own.get("param_groups", [])
+    if any("lr" in group for group in groups):
+        return
+    parameters = {number: group["params"] for number, group in enumerate(groups)}
+    own["param_groups"] = [
+        group | {"is_expert_parallel": True, "params": parameters.get(number, [])}
+        for number, group in enumerate(theirs["param_groups"])
+    ]
+    if "common_step" in theirs.get("state", {}):
+        own["state"]["common_step"] = theirs["state"]["common_step"]
+
+
+def _load_part(part: Any, state: dict[str, Any]) -> None:
+    """Load one optimizer's state, also where torch's Adam keeps its step count beside the moments.
 
     megatron-core 0.19.2 looks for that count among the sharded tensors, where it isn't, so it is
     set aside while they are loaded; and it gives all parameters one count, which every one of them
     would then advance, so each gets its own.
     """
-    [part] = optimizer.chained_optimizers
     sharded_state = state.pop("param_state", None)
     part.load_state_dict(state)
     moments = [entry for entry in part.optimizer.state.values() if "step" in entry]

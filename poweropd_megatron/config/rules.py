@@ -1,10 +1,12 @@
 """What the settings must be together, and what a resumed run may change."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
+from poweropd_megatron.config.choices import divisors, listed, multiples_around
+from poweropd_megatron.config.experts import check_expert_ranks, check_experts
 from poweropd_megatron.config.ranges import check_ranges
 from poweropd_megatron.config.schema import (
     DataConfig,
@@ -57,6 +59,7 @@ def check(config: TrainConfig, world_size: int | None = None) -> None:
         _check_sequence_parallel(name, model.parallel)
         if world_size is not None:
             _check_ranks(name, model.parallel, world_size)
+            check_expert_ranks(name, model.parallel, world_size)
     if world_size is not None:
         _check_data_parallel_batch(config, world_size)
 
@@ -69,28 +72,30 @@ def check_model_layout(
     num_attention_heads: int,
     num_query_groups: int,
     ffn_hidden_size: int,
+    num_moe_experts: int | None,
 ) -> None:
     """Return if the layout cuts a model of this shape into equal parts.
 
+    num_moe_experts is None for a dense model; the others' feed-forward is not cut.
+
     Raises: ConfigError that names the parallel size and the sizes that would work.
     """
+    check_experts(name, parallel, num_moe_experts)
     tensor = parallel.tensor_model_parallel_size
-    parts = {
-        "attention heads": num_attention_heads,
-        "key-value heads": num_query_groups,
-        "feed-forward size": ffn_hidden_size,
-    }
+    parts = {"attention heads": num_attention_heads, "key-value heads": num_query_groups}
+    if num_moe_experts is None:
+        parts["feed-forward size"] = ffn_hidden_size
     for what, count in parts.items():
         if count % tensor:
             raise ConfigError(
                 f"{name}.parallel.tensor_model_parallel_size = {tensor} must divide the {name}'s "
-                f"{what} ({count}); {_listed(_divisors(math.gcd(*parts.values())))} would work"
+                f"{what} ({count}); {listed(divisors(math.gcd(*parts.values())))} would work"
             )
     pipeline = parallel.pipeline_model_parallel_size
     if num_layers % pipeline:
         raise ConfigError(
             f"{name}.parallel.pipeline_model_parallel_size = {pipeline} must divide the {name}'s "
-            f"layers ({num_layers}); {_listed(_divisors(num_layers))} would work"
+            f"layers ({num_layers}); {listed(divisors(num_layers))} would work"
         )
 
 
@@ -187,7 +192,7 @@ def _check_samples(config: TrainConfig) -> None:
     if batch % samples:
         raise ConfigError(
             f"rollout.num_samples_per_prompt = {samples} must divide global_batch_size = {batch}; "
-            f"{_listed(_divisors(batch))} would work"
+            f"{listed(divisors(batch))} would work"
         )
 
 
@@ -207,8 +212,8 @@ def _check_ranks(name: str, parallel: ParallelConfig, world_size: int) -> None:
         raise ConfigError(
             f"{name}.parallel.tensor_model_parallel_size = {tensor} times "
             f"{name}.parallel.pipeline_model_parallel_size = {pipeline} must divide the number of "
-            f"ranks ({world_size}): start {_listed(_multiples_around(world_size, size))} ranks, "
-            f"or choose sizes whose product is {_listed(_divisors(world_size))}"
+            f"ranks ({world_size}): start {listed(multiples_around(world_size, size))} ranks, "
+            f"or choose sizes whose product is {listed(divisors(world_size))}"
         )
 
 
@@ -226,28 +231,14 @@ def _check_data_parallel_batch(config: TrainConfig, world_size: int) -> None:
         return
     if batch % (micro * data_parallel):
         step = math.lcm(micro * data_parallel, config.rollout.num_samples_per_prompt)
-        fix = f"set global_batch_size to {_listed(_multiples_around(batch, step))}"
+        fix = f"set global_batch_size to {listed(multiples_around(batch, step))}"
         if batch % data_parallel == 0:
-            fix += f", or micro_batch_size to {_listed(_divisors(batch // data_parallel))}"
+            fix += f", or micro_batch_size to {listed(divisors(batch // data_parallel))}"
         raise ConfigError(
             f"global_batch_size = {batch} must be a multiple of micro_batch_size = {micro} times "
             f"the student's data-parallel size = {data_parallel} ({world_size} ranks / "
             f"{config.student.parallel.model_parallel_size} model-parallel): {fix}"
         )
-
-
-def _multiples_around(value: int, step: int) -> list[int]:
-    below = value // step * step
-    return [multiple for multiple in (below, below + step) if multiple > 0]
-
-
-def _divisors(value: int) -> list[int]:
-    return [divisor for divisor in range(1, value + 1) if value % divisor == 0]
-
-
-def _listed(values: Iterable[int]) -> str:
-    *others, last = map(str, values)
-    return f"{', '.join(others)} or {last}" if others else last
 
 
 def _flatten(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -19,8 +19,12 @@ class ParallelConfig:
     """Ranks that share every layer's weight matrices and the vocabulary."""
     pipeline_model_parallel_size: int = 1
     """Pipeline stages that share the layers."""
+    expert_model_parallel_size: int = 1
+    """Ranks of a pipeline stage that share the experts of a Qwen3-MoE, each expert being whole on
+    its rank (Megatron's expert_tensor_parallel_size is 1)."""
     sequence_parallel: bool = False
-    """Also cut the activations between tensor-parallel regions along the sequence (TP > 1)."""
+    """Also cut the activations between tensor-parallel regions along the sequence (TP > 1); a
+    Qwen3-MoE needs it there."""
 
     @property
     def model_parallel_size(self) -> int:
@@ -73,8 +77,8 @@ class RolloutConfig:
     micro_batch_size: int = 64
     """Sequences decoded together on each data-parallel rank (bounds the KV cache)."""
     cuda_graph: bool = True
-    """On GPUs without pipeline parallelism, record each decoding step and replay it; several times
-    faster, for some memory."""
+    """On GPUs, for dense models without pipeline parallelism: record each decoding step and replay
+    it; several times faster, for some memory."""
 
 
 @dataclass(kw_only=True)

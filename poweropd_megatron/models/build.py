@@ -1,6 +1,6 @@
 """A Qwen3 on Megatron-Core, its weights taken straight from a Hugging Face folder."""
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 from megatron.core.models.gpt import GPTModel
@@ -15,6 +15,7 @@ from poweropd_megatron.config.schema import DType, ParallelConfig
 from poweropd_megatron.models import hf_weights
 from poweropd_megatron.models.hf_folder import HFFolder
 from poweropd_megatron.models.layers import RMSNorm, RowRotaryEmbedding, SDPACoreAttention
+from poweropd_megatron.models.moe import moe_settings, use_shared_moe_layer
 from poweropd_megatron.models.qwen3 import Qwen3Config
 from poweropd_megatron.parallel.layout import Layout
 from poweropd_megatron.parallel.world import agreed
@@ -41,6 +42,11 @@ def transformer_config(
     its own length.
     """
     torch_dtype = TORCH_DTYPES[dtype]
+    experts: dict[str, Any] = {}
+    if model.experts is not None:
+        experts = moe_settings(
+            model.experts, expert_model_parallel_size=parallel.expert_model_parallel_size
+        )
     return TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -72,6 +78,7 @@ def transformer_config(
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         apply_rope_fusion=False,
+        **experts,
     )
 
 
@@ -92,7 +99,7 @@ def build_model(
     config = transformer_config(model, layout.parallel, dtype)
     chunk = GPTModel(
         config,
-        _block_spec(get_num_layers_to_build(config, pp_rank=layout.pp_rank)),
+        _block_spec(config, get_num_layers_to_build(config, pp_rank=layout.pp_rank)),
         vocab_size=padded_vocab_size(model.vocab_size, layout.tp_size),
         max_sequence_length=model.max_position_embeddings,
         pre_process=layout.is_first_stage,
@@ -113,7 +120,9 @@ def build_model(
     agreed(
         lambda: hf_weights.load(
             chunk.named_parameters(),
-            hf_weights.weights_of(model, layer_numbers(chunk)),
+            hf_weights.weights_of(
+                model, layer_numbers(chunk), ep_rank=layout.ep_rank, ep_size=layout.ep_size
+            ),
             HFFolder(folder, setting=setting),
             vocab_size=model.vocab_size,
             tp_rank=layout.tp_rank,
@@ -128,9 +137,13 @@ def layer_numbers(chunk: GPTModel) -> list[int]:
     return [layer.layer_number - 1 for layer in chunk.decoder.layers]
 
 
-def _block_spec(num_layers: int) -> TransformerBlockSubmodules:
+def _block_spec(config: TransformerConfig, num_layers: int) -> TransformerBlockSubmodules:
     """Return this many of Megatron's local layers, with our norm and attention."""
-    layer = get_gpt_layer_local_spec(qk_layernorm=True, normalization="RMSNorm")
+    layer = get_gpt_layer_local_spec(
+        num_experts=config.num_moe_experts, qk_layernorm=True, normalization="RMSNorm"
+    )
+    if config.num_moe_experts is not None:
+        use_shared_moe_layer(layer)
     layer.submodules.input_layernorm = RMSNorm
     layer.submodules.pre_mlp_layernorm = RMSNorm
     attention = layer.submodules.self_attention.submodules

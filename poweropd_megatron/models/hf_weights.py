@@ -21,7 +21,7 @@ class Weight:
     """One Megatron parameter and the Hugging Face tensors that it consists of.
 
     dim is the dimension of the Hugging Face tensors that tensor parallelism cuts (None:
-    replicated); merge and split turn the cut Hugging Face pieces into the Megatron shard and back.
+    not cut); merge and split turn the cut Hugging Face pieces into the Megatron shard and back.
     """
 
     megatron: str
@@ -30,10 +30,16 @@ class Weight:
     merge: Callable[[Sequence[Tensor]], Tensor] = lambda pieces: pieces[0]
     split: Callable[[Tensor], Sequence[Tensor]] = lambda shard: [shard]
     is_vocabulary: bool = False
+    is_expert: bool = False
+    """Held by the ranks of one expert-parallel rank alone, and whole there."""
 
 
-def layer_weights(config: Qwen3Config, layer: int, *, local_layer: int) -> Iterator[Weight]:
+def layer_weights(
+    config: Qwen3Config, layer: int, *, local_layer: int, ep_rank: int, ep_size: int
+) -> Iterator[Weight]:
     """Yield the rows of one transformer layer; `local_layer` is its number on its pipeline stage.
+
+    Of its experts only those that the expert-parallel rank holds.
 
     Source: megatron/core/models/gpt/gpt_layer_specs.py (names),
     megatron/core/transformer/attention.py (rows of linear_qkv: for each KV head its query heads,
@@ -55,7 +61,7 @@ def layer_weights(config: Qwen3Config, layer: int, *, local_layer: int) -> Itera
         return [part.flatten(0, 1) for part in torch.split(grouped, _rows, dim=1)]
 
     _rows = [queries_per_group * width, width, width]
-    attention, mlp = theirs + "self_attn.", theirs + "mlp."
+    attention = theirs + "self_attn."
     yield Weight(
         megatron=ours + "input_layernorm.weight",
         hugging_face=(theirs + "input_layernorm.weight",),
@@ -81,17 +87,37 @@ def layer_weights(config: Qwen3Config, layer: int, *, local_layer: int) -> Itera
         megatron=ours + "pre_mlp_layernorm.weight",
         hugging_face=(theirs + "post_attention_layernorm.weight",),
     )
+    if config.experts is None:
+        yield from _mlp_weights(ours + "mlp.", theirs + "mlp.", is_expert=False)
+        return
     yield Weight(
-        megatron=ours + "mlp.linear_fc1.weight",
-        hugging_face=(mlp + "gate_proj.weight", mlp + "up_proj.weight"),
-        dim=0,
+        megatron=ours + "mlp.router.weight",
+        hugging_face=(theirs + "mlp.gate.weight",),
+    )
+    num_local_experts = config.experts.num_moe_experts // ep_size
+    for local_expert in range(num_local_experts):
+        yield from _mlp_weights(
+            f"{ours}mlp.experts.local_experts.{local_expert}.",
+            f"{theirs}mlp.experts.{ep_rank * num_local_experts + local_expert}.",
+            is_expert=True,
+        )
+
+
+def _mlp_weights(ours: str, theirs: str, *, is_expert: bool) -> Iterator[Weight]:
+    """Yield the rows of one gated MLP; tensor parallelism leaves an expert's whole."""
+    yield Weight(
+        megatron=ours + "linear_fc1.weight",
+        hugging_face=(theirs + "gate_proj.weight", theirs + "up_proj.weight"),
+        dim=None if is_expert else 0,
         merge=lambda pieces: torch.cat(list(pieces)),
         split=lambda shard: shard.chunk(2),
+        is_expert=is_expert,
     )
     yield Weight(
-        megatron=ours + "mlp.linear_fc2.weight",
-        hugging_face=(mlp + "down_proj.weight",),
-        dim=1,
+        megatron=ours + "linear_fc2.weight",
+        hugging_face=(theirs + "down_proj.weight",),
+        dim=None if is_expert else 1,
+        is_expert=is_expert,
     )
 
 
@@ -116,11 +142,15 @@ def outer_weights(config: Qwen3Config) -> Iterator[Weight]:
     )
 
 
-def weights_of(config: Qwen3Config, layer_numbers: Sequence[int]) -> Iterator[Weight]:
+def weights_of(
+    config: Qwen3Config, layer_numbers: Sequence[int], *, ep_rank: int = 0, ep_size: int = 1
+) -> Iterator[Weight]:
     """Yield the rows of a pipeline stage that holds these layers (counted from 0, in order)."""
     yield from outer_weights(config)
     for local_layer, layer in enumerate(layer_numbers):
-        yield from layer_weights(config, layer, local_layer=local_layer)
+        yield from layer_weights(
+            config, layer, local_layer=local_layer, ep_rank=ep_rank, ep_size=ep_size
+        )
 
 
 def load(
@@ -190,7 +220,7 @@ def to_hugging_face(
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield the Hugging Face tensors of a parameter, given its shards in tensor-parallel order."""
     if weight.dim is None:
-        yield weight.hugging_face[0], shards[0]
+        yield from zip(weight.hugging_face, weight.split(shards[0]), strict=True)
         return
     pieces_by_shard = [weight.split(shard) for shard in shards]
     for name, pieces in zip(weight.hugging_face, zip(*pieces_by_shard, strict=True), strict=True):

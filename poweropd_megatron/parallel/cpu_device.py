@@ -7,6 +7,7 @@ by whose "torch.cuda.FloatTensor" Megatron's optimizers tell parameters apart. F
 megatron.core both do what they always did.
 """
 
+import contextlib
 import functools
 import importlib
 import sys
@@ -61,7 +62,11 @@ class _Overlay(types.ModuleType):
 def _stand_in() -> types.ModuleType:
     """Return what megatron.core sees as `torch`."""
     return _Overlay(
-        torch, tensor=_on_cpu(torch.tensor), zeros=_on_cpu(torch.zeros), cuda=_cuda_of_one_cpu()
+        torch,
+        tensor=_on_cpu(torch.tensor),
+        zeros=_on_cpu(torch.zeros),
+        cuda=_cuda_of_one_cpu(),
+        distributed=_Overlay(torch.distributed, all_to_all_single=_all_to_all_single),
     )
 
 
@@ -77,6 +82,32 @@ def _on_cpu(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     return call
 
 
+def _all_to_all_single(*args: Any, **kwargs: Any) -> Any:
+    """Call torch's function with split sizes that are tensors taken for lists.
+
+    The dispatcher of tokens to experts turns split sizes on a GPU into arrays on the CPU; those
+    that are there already it leaves as they are.
+    """
+    for name in ("output_split_sizes", "input_split_sizes"):
+        if isinstance(kwargs.get(name), torch.Tensor):
+            kwargs[name] = kwargs[name].tolist()
+    return torch.distributed.all_to_all_single(*args, **kwargs)
+
+
+class _Stream:
+    """A stream of a device whose work is done when a call returns, and each of its events."""
+
+    def wait_stream(self, stream: "_Stream") -> None:
+        """Return at once."""
+
+    def record_event(self) -> "_Stream":
+        """Return what is over already."""
+        return self
+
+    def synchronize(self) -> None:
+        """Return at once."""
+
+
 def _cuda_of_one_cpu() -> types.ModuleType:
     """Return torch.cuda with one device, the CPU, whose work is done when a call returns.
 
@@ -87,7 +118,9 @@ def _cuda_of_one_cpu() -> types.ModuleType:
     return _Overlay(
         torch.cuda,
         current_device=lambda: _CPU,
-        current_stream=lambda: None,
+        Stream=_Stream,
+        current_stream=_Stream,
+        stream=contextlib.nullcontext,
         synchronize=lambda: None,
         manual_seed=generator.manual_seed,
         get_rng_state=generator.get_state,

@@ -10,19 +10,25 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from poweropd_megatron.config.schema import ParallelConfig
 
-_GRID_DIMS = ["tp", "cp", "ep", "dp", "pp"]
+_GRID_DIMS = ["tp", "cp", "dp", "pp"]
 _GRID_GROUPS = {
     "tp": ["tp"],
     "cp": ["cp"],
-    "ep": ["ep"],
     "dp": ["dp"],
     "pp": ["pp"],
     "mp": ["tp", "pp"],
     "tp_cp": ["tp", "cp"],
     "dp_cp": ["dp", "cp"],
+}
+_EXPERT_DIMS = ["tp", "ep", "dp", "pp"]
+_EXPERT_GROUPS = {
+    "expt_tp": ["tp"],
+    "ep": ["ep"],
+    "expt_dp": ["dp"],
     "tp_ep": ["tp", "ep"],
     "tp_ep_pp": ["tp", "ep", "pp"],
 }
+"""Experts cut a pipeline stage's ranks anew: tensor ranks (always one), expert ranks, copies."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +70,24 @@ class Layout:
         return dist.get_world_size(self.groups.dp)
 
     @property
+    def ep_rank(self) -> int:
+        """Return which share of the experts this rank holds."""
+        return dist.get_rank(self.groups.ep)
+
+    @property
+    def ep_size(self) -> int:
+        """Return how many ranks share the experts."""
+        return dist.get_world_size(self.groups.ep)
+
+    @property
+    def copies_in_step(self) -> range:
+        """Return the data-parallel ranks that run each forward together with this one, as these
+        model copies share experts: a layer sends tokens to all ranks that hold some."""
+        count = max(1, self.ep_size // self.tp_size)
+        first = self.dp_rank // count * count
+        return range(first, first + count)
+
+    @property
     def is_first_stage(self) -> bool:
         """Return True where the embedding is."""
         return self.pp_rank == 0
@@ -93,6 +117,8 @@ def student_layout(parallel: ParallelConfig, device: torch.device, *, seed: int)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        expert_model_parallel_size=parallel.expert_model_parallel_size,
+        expert_tensor_parallel_size=1,
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     groups = ProcessGroupCollection.use_mpu_process_groups()
@@ -103,21 +129,19 @@ def teacher_layout(parallel: ParallelConfig, student: Layout) -> Layout:
     """Return the teacher's layout over the same ranks: the student's if both are cut alike."""
     if parallel == student.parallel:
         return student
-    data_parallel_size = dist.get_world_size() // parallel.model_parallel_size
+    tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    expert = parallel.expert_model_parallel_size
+    per_stage = dist.get_world_size() // pipeline
     grid = HyperCommGrid(
-        [
-            parallel.tensor_model_parallel_size,
-            1,
-            1,
-            data_parallel_size,
-            parallel.pipeline_model_parallel_size,
-        ],
-        _GRID_DIMS,
-        backend=dist.get_backend(),
+        [tensor, 1, per_stage // tensor, pipeline], _GRID_DIMS, backend=dist.get_backend()
+    )
+    grid.register_view(
+        "expert", [1, expert, per_stage // expert, pipeline], _EXPERT_DIMS, shared_dims=["pp"]
     )
     groups = ProcessGroupCollection()
     for name, dims in _GRID_GROUPS.items():
         setattr(groups, name, grid.create_pg(dims))
-    groups.expt_tp = groups.tp
+    for name, dims in _EXPERT_GROUPS.items():
+        setattr(groups, name, grid.create_pg(dims, view="expert"))
     groups.embd = groups.pos_embd = None
     return Layout(parallel=parallel, groups=groups, device=student.device)

@@ -99,3 +99,8 @@ def share_rows(
 def own_rows(num_rows: int, *, rank: int, size: int) -> Tensor:
     """Return the indices of the rows that data-parallel rank `rank` of `size` works on."""
     return torch.arange(num_rows).tensor_split(size)[rank]
+
+
+def most_rows(num_rows: int, *, ranks: range, size: int) -> int:
+    """Return the most rows that one of these data-parallel ranks of `size` works on."""
+    return max(len(own_rows(num_rows, rank=rank, size=size)) for rank in ranks)

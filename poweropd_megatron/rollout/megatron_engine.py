@@ -6,7 +6,6 @@ this rank.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -20,33 +19,13 @@ from poweropd_megatron.models.kv_cache import KVCache, attached
 from poweropd_megatron.models.scoring import NextToken, next_token_logits
 from poweropd_megatron.parallel.layout import Layout
 from poweropd_megatron.parallel.pipeline import forward_stage
-from poweropd_megatron.parallel.world import own_rows, share_rows
+from poweropd_megatron.parallel.world import most_rows, own_rows
 from poweropd_megatron.rollout.decode_step import DecodeStep
+from poweropd_megatron.rollout.responses import Responses
 from poweropd_megatron.rollout.sampling import Sampling, draw_tokens, uniforms
-from poweropd_megatron.rollout.trajectories import FINISH_LENGTH, FINISH_STOP, Trajectories
+from poweropd_megatron.rollout.trajectories import FINISH_STOP, Trajectories
 
 _ENDED = -1
-
-
-@dataclass(kw_only=True)
-class _Responses:
-    """The responses of this rank's rows, as they grow: [rows, max_new_tokens]."""
-
-    token_ids: Tensor
-    logp: Tensor
-    truncated_mass: Tensor
-    lengths: Tensor
-    finish: Tensor
-
-    @classmethod
-    def empty(cls, rows: int, max_new_tokens: int) -> "_Responses":
-        return cls(
-            token_ids=torch.zeros(rows, max_new_tokens, dtype=torch.int64),
-            logp=torch.zeros(rows, max_new_tokens),
-            truncated_mass=torch.zeros(rows, max_new_tokens),
-            lengths=torch.zeros(rows, dtype=torch.int64),
-            finish=torch.full((rows,), FINISH_LENGTH),
-        )
 
 
 class MegatronRolloutEngine:
@@ -54,7 +33,8 @@ class MegatronRolloutEngine:
 
     Each data-parallel rank decodes its own share of the prompts, `micro_batch_size` at a time;
     sequences leave the batch when they end. The last pipeline stage draws the tokens and tells the
-    others.
+    others. Ranks that share experts decode in step: one that has nothing left to decode goes on
+    with one row, which is nobody's, until the others are done too.
     """
 
     def __init__(
@@ -76,7 +56,11 @@ class MegatronRolloutEngine:
         self._micro_batch_size = micro_batch_size
         self._logits_dtype = logits_dtype
         self._seed = seed
-        self._with_graph = cuda_graph and layout.device.type == "cuda" and layout.pp_size == 1
+        # Tokens for experts are counted on the CPU before each exchange: no graph can do that.
+        has_experts = chunk.config.num_moe_experts is not None
+        self._with_graph = (
+            cuda_graph and layout.device.type == "cuda" and layout.pp_size == 1 and not has_experts
+        )
         self._shrink_at = 0.5 if self._with_graph else 1.0
 
     @torch.no_grad()
@@ -92,17 +76,19 @@ class MegatronRolloutEngine:
 
         Raises: NonFiniteError on every rank if the student's log-probs were NaN.
         Cost: one forward a token and micro-batch; with TP a gather of the logits and with TP or PP
-        a broadcast of the tokens each; at the end one all_reduce of each field of the trajectories.
+        a broadcast of the tokens each, as with shared experts an all_reduce of one number; at the
+        end one all_reduce of each field of the trajectories.
         """
-        rows = own_rows(len(prompts), rank=self._layout.dp_rank, size=self._layout.dp_size)
-        responses = _Responses.empty(len(rows), sampling.max_new_tokens)
+        layout = self._layout
+        rows = own_rows(len(prompts), rank=layout.dp_rank, size=layout.dp_size)
+        most = most_rows(len(prompts), ranks=layout.copies_in_step, size=layout.dp_size)
+        responses = Responses.empty(len(rows), sampling.max_new_tokens)
         with self._decoding_mode():
-            for part in (
-                torch.split(torch.arange(len(rows)), self._micro_batch_size) if len(rows) else ()
-            ):
+            for start in range(0, most, self._micro_batch_size):
+                part = torch.arange(len(rows))[start : start + self._micro_batch_size]
                 own_prompts = [prompts[i] for i in rows[part].tolist()]
-                self._decode(own_prompts, rows[part], part.clone(), responses, sampling, stream)
-        trajectories = self._assemble(prompts, rows, responses, weight_version)
+                self._decode(own_prompts, rows[part], part, responses, sampling, stream)
+        trajectories = responses.assemble(prompts, rows, layout, weight_version)
         check_finite(
             "log-probs of the rollout",
             trajectories.behaviour_logp_BT,
@@ -139,11 +125,16 @@ class MegatronRolloutEngine:
         prompts: Sequence[Sequence[int]],
         sequences: Tensor,
         slots: Tensor,
-        responses: _Responses,
+        responses: Responses,
         sampling: Sampling,
         stream: tuple[int, ...],
     ) -> None:
-        """Decode prompts, number `sequences` of the batch, into their slots of `responses`."""
+        """Decode prompts, number `sequences` of the batch, into their slots of `responses`.
+
+        Without prompts, keep the ranks company that share experts with this one.
+        """
+        if not prompts:
+            prompts, sequences, slots = [[0]], torch.tensor([0]), torch.tensor([_ENDED])
         lengths_B = torch.tensor([len(prompt) for prompt in prompts], device=self._layout.device)
         token_ids = torch.zeros(len(prompts), int(lengths_B.max()), dtype=torch.int64)
         for row, prompt in enumerate(prompts):
@@ -167,13 +158,21 @@ class MegatronRolloutEngine:
                 tokens_B = self._draw(logits, uniform_BT[:, step], step, slots, responses, sampling)
                 is_live = slots >= 0
                 num_live = int(is_live.sum())
-                if num_live == 0 or step == sampling.max_new_tokens - 1:
+                if step == sampling.max_new_tokens - 1 or self._all_ended(num_live):
                     break
                 if num_live <= self._shrink_at * len(slots) and num_live < len(slots):
-                    live = torch.nonzero(is_live)[:, 0]
+                    live = torch.nonzero(is_live)[:, 0] if num_live else torch.tensor([0])
                     slots, uniform_BT, tokens_B = slots[live], uniform_BT[live], tokens_B[live]
                     cache.keep_rows(live.to(self._layout.device))
                 logits = decode_step(tokens_B.to(self._layout.device))
+
+    def _all_ended(self, num_live: int) -> bool:
+        """Return whether no row of this rank and of those that share experts with it goes on."""
+        if len(self._layout.copies_in_step) == 1:
+            return num_live == 0
+        count = torch.tensor(num_live, device=self._layout.device)
+        dist.all_reduce(count, group=self._layout.groups.ep)
+        return not count.item()
 
     def _forward(self, token_ids_BS: Tensor, *, last_position_B: Tensor) -> Tensor | None:
         """Return the logits of the token after each row's last position, [B, Vp]."""
@@ -205,7 +204,7 @@ class MegatronRolloutEngine:
         uniform_B: Tensor,
         step: int,
         slots: Tensor,
-        responses: _Responses,
+        responses: Responses,
         sampling: Sampling,
     ) -> Tensor:
         """Return the next token of each row, on the whole model copy, after noting it.
@@ -242,51 +241,6 @@ class MegatronRolloutEngine:
         )
         dist.gather(logits_BVp, shards, dst=self._layout.speaker, group=self._layout.groups.tp)
         return None if shards is None else torch.cat(shards, dim=1)[:, : self._vocab_size]
-
-    def _assemble(
-        self,
-        prompts: Sequence[Sequence[int]],
-        rows: Tensor,
-        responses: _Responses,
-        weight_version: int,
-    ) -> Trajectories:
-        """Return the trajectories of all prompts, from every data-parallel rank's rows."""
-
-        def share(part: Tensor) -> Tensor:
-            return share_rows(
-                part,
-                rows,
-                (len(prompts), *part.shape[1:]),
-                speaks=self._layout.speaks_for_model,
-                device=self._layout.device,
-            )
-
-        lengths_B = share(responses.lengths)
-        longest = int(lengths_B.max())
-        prompt_lengths_B = torch.tensor([len(prompt) for prompt in prompts])
-        total_lengths_B = prompt_lengths_B + lengths_B
-        shape = (len(prompts), int(total_lengths_B.max()))
-        token_ids_BT = torch.zeros(shape, dtype=torch.int64)
-        for row, prompt in enumerate(prompts):
-            token_ids_BT[row, : len(prompt)] = torch.tensor(prompt)
-        in_response_BR = torch.arange(longest) < lengths_B[:, None]
-        position_BR = prompt_lengths_B[:, None] + torch.arange(longest)
-        row_BR = torch.arange(len(prompts))[:, None].expand_as(position_BR)
-        at = (row_BR[in_response_BR], position_BR[in_response_BR])
-
-        def place(whole: Tensor, own_responses: Tensor) -> Tensor:
-            whole[at] = share(own_responses[:, :longest])[in_response_BR]
-            return whole
-
-        return Trajectories(
-            token_ids_BT=place(token_ids_BT, responses.token_ids),
-            prompt_lengths_B=prompt_lengths_B,
-            total_lengths_B=total_lengths_B,
-            finish_B=share(responses.finish),
-            behaviour_logp_BT=place(torch.zeros(shape), responses.logp),
-            truncated_mass_BT=place(torch.zeros(shape), responses.truncated_mass),
-            weight_version=weight_version,
-        )
 
 
 def _advice(weight_version: int) -> str:

@@ -52,6 +52,7 @@ def read_inputs(config: TrainConfig, *, world_size: int) -> RunInputs:
             num_attention_heads=model.num_attention_heads,
             num_query_groups=model.num_query_groups,
             ffn_hidden_size=model.ffn_hidden_size,
+            num_moe_experts=model.experts.num_moe_experts if model.experts else None,
         )
         models[name] = model
     student, teacher = models["student"], models["teacher"]
@@ -104,12 +105,13 @@ def _check_tensors(model: Qwen3Config, folder: HFFolder) -> None:
         for weight in weights_of(model, range(model.num_layers))
         for name in weight.hugging_face
     }
+    experts = f" of {model.experts.num_moe_experts} experts" if model.experts else ""
     found = folder.names() - ({"lm_head.weight"} if model.tie_word_embeddings else set())
     for names, what in ((expected - found, "lacks"), (found - expected, "has, beyond that,")):
         if names:
             raise InputError(
-                f"{folder.setting}: config.json describes {model.num_layers} layers, but "
-                f"{folder.path} {what} {', '.join(sorted(names)[:3])}"
+                f"{folder.setting}: config.json describes {model.num_layers} layers{experts}, "
+                f"but {folder.path} {what} {', '.join(sorted(names)[:3])}"
                 + (f" and {len(names) - 3} more" if len(names) > 3 else "")
             )
 

@@ -73,11 +73,13 @@ class Recorder:
             ("student", config.student, inputs.student, config.max_tokens_per_microbatch),
             ("teacher", config.teacher, inputs.teacher, teacher_budget),
         ):
-            parallel = part.parallel
+            parallel, experts = part.parallel, shape.experts
             self.info(
                 f"{name}: {part.path}, {shape.num_layers} layers, hidden {shape.hidden_size}, "
-                f"{part.dtype}, TP {parallel.tensor_model_parallel_size} x "
+                + (f"{experts.num_moe_experts} experts, " if experts else "")
+                + f"{part.dtype}, TP {parallel.tensor_model_parallel_size} x "
                 f"PP {parallel.pipeline_model_parallel_size}"
+                + (f", EP {parallel.expert_model_parallel_size}" if experts else "")
                 + (" with sequence parallelism" if parallel.sequence_parallel else "")
                 + (f", packed into micro-batches of up to {budget} tokens" if budget else "")
             )

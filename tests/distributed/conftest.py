@@ -2,12 +2,15 @@
 
 import pytest
 from support import qwen3_folder
+from support.qwen3_folder import MOE
 from support.rank_pool import RankPool
 
 STUDENT = {"num_hidden_layers": 4, "vocab_size": 37}
 """37 columns leave one to pad at TP 2."""
 TEACHER = {"num_hidden_layers": 2, "vocab_size": 41, "hidden_size": 32, "intermediate_size": 56}
 """Another shape, and tokens that the student doesn't have."""
+EXPERTS = MOE | {"num_hidden_layers": 2}
+"""Two layers of four experts, two of which take each token."""
 
 
 @pytest.fixture(scope="session")
@@ -23,12 +26,18 @@ def ranks() -> RankPool:
 
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Return the folders of student-tied, student-untied, teacher-tied and teacher-untied."""
+    """Return the folders of student and teacher, each tied, untied and with experts (tied)."""
     root = tmp_path_factory.mktemp("models")
     folders = {}
     for model, seed, changes in (("student", 0, STUDENT), ("teacher", 3, TEACHER)):
-        for kind in ("tied", "untied"):
+        for kind in ("tied", "untied", "experts"):
             folder = root / f"{model}-{kind}"
-            qwen3_folder.write(folder, seed=seed, tie_word_embeddings=kind == "tied", **changes)
+            experts = EXPERTS if kind == "experts" else {}
+            qwen3_folder.write(
+                folder,
+                seed=seed,
+                tie_word_embeddings=kind != "untied",
+                **(changes | experts),
+            )
             folders[folder.name] = str(folder)
     return folders

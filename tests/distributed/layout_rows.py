@@ -5,10 +5,13 @@ from training import Row
 from poweropd_megatron.config.schema import ParallelConfig
 
 
-def parallel(tensor: int = 1, pipeline: int = 1, *, sequence: bool = False) -> ParallelConfig:
+def parallel(
+    tensor: int = 1, pipeline: int = 1, *, expert: int = 1, sequence: bool = False
+) -> ParallelConfig:
     return ParallelConfig(
         tensor_model_parallel_size=tensor,
         pipeline_model_parallel_size=pipeline,
+        expert_model_parallel_size=expert,
         sequence_parallel=sequence,
     )
 

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from layout_rows import parallel as expert_parallel
 from support.rank_pool import RankPool
 from torch import Tensor
 
@@ -93,6 +94,81 @@ def expected_place(rank: int, world_size: int, tensor: int, pipeline: int) -> Pl
         dp_ranks=[at[t, other, p] for other in range(data)],
         model_ranks=sorted(at[x, d, y] for x in range(tensor) for y in range(pipeline)),
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertPlace:
+    """A rank's share of the experts, who holds the others and copies, who is in step with it."""
+
+    ep: tuple[int, int]
+    ep_ranks: list[int]
+    copies: list[int]
+    model_ranks: list[int]
+    copies_in_step: range
+
+
+def find_expert_places(
+    student: ParallelConfig, teacher: ParallelConfig
+) -> tuple[ExpertPlace, ExpertPlace]:
+    def place(layout: Layout) -> ExpertPlace:
+        groups = layout.groups
+        assert members(groups.expt_tp) == [dist.get_rank()]
+        assert members(groups.tp_ep) == members(groups.ep)
+        return ExpertPlace(
+            ep=(layout.ep_rank, layout.ep_size),
+            ep_ranks=members(groups.ep),
+            copies=members(groups.expt_dp),
+            model_ranks=members(groups.tp_ep_pp),
+            copies_in_step=layout.copies_in_step,
+        )
+
+    cpu_device.install()
+    layout = student_layout(student, CPU, seed=1)
+    return place(layout), place(teacher_layout(teacher, layout))
+
+
+def expected_expert_place(rank: int, world_size: int, parallel: ParallelConfig) -> ExpertPlace:
+    """Return a rank's place where expert ranks come first, then copies, then pipeline ranks."""
+    expert, tensor = parallel.expert_model_parallel_size, parallel.tensor_model_parallel_size
+    stage_size = world_size // parallel.pipeline_model_parallel_size
+    stage, place = divmod(rank, stage_size)
+    first = stage * stage_size + place // expert * expert
+    return ExpertPlace(
+        ep=(place % expert, expert),
+        ep_ranks=list(range(first, first + expert)),
+        copies=[stage * stage_size + n for n in range(stage_size) if n % expert == place % expert],
+        model_ranks=sorted(
+            place // expert * expert + n + other
+            for n in range(expert)
+            for other in range(0, world_size, stage_size)
+        ),
+        copies_in_step={
+            (1, 2): range(place // 2 * 2, place // 2 * 2 + 2),
+            (1, 4): range(4),
+            (2, 4): range(2),
+        }.get((tensor, expert), range(place // tensor, place // tensor + 1)),
+    )
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher"),
+    [
+        (expert_parallel(expert=2), expert_parallel(expert=4)),
+        (expert_parallel(2), expert_parallel(1, 2, expert=2)),
+        (expert_parallel(2, expert=4), expert_parallel(2, expert=2)),
+        (expert_parallel(1, 2, expert=2), expert_parallel(2, 2, expert=2)),
+        (expert_parallel(4, expert=2), expert_parallel()),
+    ],
+    ids=str,
+)
+def test_both_models_place_expert_ranks_first_then_copies_then_pipeline(
+    student: ParallelConfig, teacher: ParallelConfig, ranks: RankPool
+) -> None:
+    places = ranks.run(find_expert_places, student, teacher, world_size=4)
+    assert places == [
+        tuple(expected_expert_place(rank, 4, parallel) for parallel in (student, teacher))
+        for rank in range(4)
+    ]
 
 
 @pytest.mark.parametrize(

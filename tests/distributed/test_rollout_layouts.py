@@ -3,6 +3,7 @@
 import pytest
 import torch
 from decoding import PROMPTS, STOP_TOKENS, Decoded, decode_in_plain_torch, decode_on_ranks
+from layout_rows import parallel
 from support.rank_pool import RankPool
 
 from poweropd_megatron.config.schema import ParallelConfig
@@ -26,17 +27,33 @@ LAYOUTS = {
     ),
     "PP2xDP2": (4, ParallelConfig(pipeline_model_parallel_size=2)),
 }
+LAYOUTS_OF_EXPERTS = {
+    "one-process": (1, parallel()),
+    "EP2": (2, parallel(expert=2)),
+    "TP2+SP": (2, parallel(2, sequence=True)),
+    "TP2+SPxEP2": (2, parallel(2, expert=2, sequence=True)),
+    "EP4": (4, parallel(expert=4)),
+    "EP2xPP2": (4, parallel(1, 2, expert=2)),
+    "TP2+SPxEP4": (4, parallel(2, expert=4, sequence=True)),
+}
+CASES = [(kind, name) for kind in ("tied", "untied") for name in LAYOUTS] + [
+    ("experts", name) for name in LAYOUTS_OF_EXPERTS
+]
 
 
 def decode(
-    name: str, folder: str, ranks: RankPool, num_prompts: int = len(PROMPTS)
+    kind: str,
+    name: str,
+    folders: dict[str, str],
+    ranks: RankPool,
+    num_prompts: int = len(PROMPTS),
 ) -> list[dict[str, Trajectories]]:
     """Return each rank's trajectories of each sampling."""
-    world_size, parallel = LAYOUTS[name]
+    world_size, layout = (LAYOUTS_OF_EXPERTS if kind == "experts" else LAYOUTS)[name]
     by_rank = ranks.run(
         decode_on_ranks,
-        parallel,
-        folder,
+        layout,
+        folders[f"student-{kind}"],
         num_prompts,
         list(SAMPLINGS.values()),
         world_size=world_size,
@@ -44,34 +61,57 @@ def decode(
     return [dict(zip(SAMPLINGS, trajectories, strict=True)) for trajectories in by_rank]
 
 
-@pytest.fixture(scope="module", params=["tied", "untied"])
-def folder(request: pytest.FixtureRequest, folders: dict[str, str]) -> str:
-    return folders[f"student-{request.param}"]
+@pytest.fixture(scope="module")
+def of_one_process(folders: dict[str, str], ranks: RankPool) -> dict[str, dict[str, Trajectories]]:
+    """Return the rollouts of one process by the kind of model."""
+    return {
+        kind: decode(kind, "one-process", folders, ranks)[0]
+        for kind in ("tied", "untied", "experts")
+    }
+
+
+@pytest.fixture(scope="module", params=["tied", "untied", "experts"])
+def kind(request: pytest.FixtureRequest) -> str:
+    kind: str = request.param
+    return kind
 
 
 @pytest.fixture(scope="module")
-def one_process(folder: str, ranks: RankPool) -> dict[str, Trajectories]:
-    return decode("one-process", folder, ranks)[0]
+def one_process(
+    kind: str, of_one_process: dict[str, dict[str, Trajectories]]
+) -> dict[str, Trajectories]:
+    return of_one_process[kind]
 
 
 @pytest.fixture(scope="module")
-def plain(folder: str) -> dict[str, Decoded]:
+def plain(kind: str, folders: dict[str, str]) -> dict[str, Decoded]:
     names = [name for name in SAMPLINGS if name != "top-k-top-p"]
+    folder = folders[f"student-{kind}"]
     return {name: decode_in_plain_torch(folder, SAMPLINGS[name]) for name in names}
 
 
-@pytest.fixture(scope="module", params=LAYOUTS)
+@pytest.fixture(scope="module", params=CASES, ids="-".join)
+def case(request: pytest.FixtureRequest) -> tuple[str, str]:
+    """Return a kind of model and the name of a layout."""
+    kind, name = request.param
+    return kind, name
+
+
+@pytest.fixture(scope="module")
 def by_rank(
-    request: pytest.FixtureRequest, folder: str, ranks: RankPool
+    case: tuple[str, str], folders: dict[str, str], ranks: RankPool
 ) -> list[dict[str, Trajectories]]:
-    return decode(request.param, folder, ranks)
+    return decode(*case, folders, ranks)
 
 
 @pytest.mark.parametrize("name", SAMPLINGS)
 def test_rollouts_in_every_layout_are_those_of_one_process(
-    name: str, by_rank: list[dict[str, Trajectories]], one_process: dict[str, Trajectories]
+    name: str,
+    case: tuple[str, str],
+    by_rank: list[dict[str, Trajectories]],
+    of_one_process: dict[str, dict[str, Trajectories]],
 ) -> None:
-    expected = one_process[name]
+    expected = of_one_process[case[0]][name]
     for trajectories in (samplings[name] for samplings in by_rank):
         assert torch.equal(trajectories.token_ids_BT, expected.token_ids_BT)
         assert torch.equal(trajectories.prompt_lengths_B, expected.prompt_lengths_B)
@@ -111,9 +151,17 @@ def test_the_fixed_prompts_reach_both_ends_of_a_response(
     assert one_process["top-k-top-p"].truncated_mass_BT.max() > 0.1
 
 
+@pytest.mark.parametrize(
+    ("kind", "name"), [("tied", "DP2"), ("untied", "DP2"), ("experts", "EP2"), ("experts", "EP4")]
+)
 def test_a_data_parallel_rank_without_prompts_gets_the_others_responses(
-    folder: str, ranks: RankPool, one_process: dict[str, Trajectories]
+    kind: str,
+    name: str,
+    folders: dict[str, str],
+    ranks: RankPool,
+    of_one_process: dict[str, dict[str, Trajectories]],
 ) -> None:
-    for samplings in decode("DP2", folder, ranks, num_prompts=1):
-        for name, trajectories in samplings.items():
-            assert trajectories.response_ids(0) == one_process[name].response_ids(0)
+    for samplings in decode(kind, name, folders, ranks, num_prompts=1):
+        for sampling, trajectories in samplings.items():
+            expected = of_one_process[kind][sampling]
+            assert trajectories.response_ids(0) == expected.response_ids(0)

@@ -185,7 +185,8 @@ def update_on_ranks(
     def finalize_and_record(model: list[Any], *args: Any, **kwargs: Any) -> None:
         finalize_model_grads(model, *args, **kwargs)
         if row.use_distributed_optimizer:
-            _gather_shares(model[0], student.layout.groups.dp)
+            _gather_shares(model[0].buffers, student.layout.groups.dp)
+            _gather_shares(model[0].expert_parallel_buffers, student.layout.groups.expt_dp)
         gradients.append(models.gather(lambda weight: weight.main_grad))
 
     student.chunk.config.finalize_model_grads_func = finalize_and_record
@@ -230,10 +231,14 @@ def whole_tensors(
 
     Under "padding": the rows beyond the vocabulary.
     """
-    weights = {weight.megatron: weight for weight in weights_of(model, layer_numbers(chunk))}
+    rows = weights_of(model, layer_numbers(chunk), ep_rank=layout.ep_rank, ep_size=layout.ep_size)
+    weights = {weight.megatron: weight for weight in rows}
     own: list[tuple[str, Tensor]] = []
     for name, parameter in chunk.named_parameters():
         weight, value = weights[name], value_of(parameter).detach().clone()
+        if weight.is_expert:
+            own += to_hugging_face(weight, [value], vocab_size=model.vocab_size)
+            continue
         shards = [torch.empty_like(value) for _ in range(layout.tp_size)]
         dist.all_gather(shards, value, group=layout.groups.tp)
         copies = [[shard] for shard in shards] if weight.dim is None else [shards]
@@ -249,9 +254,9 @@ def whole_tensors(
     return whole
 
 
-def _gather_shares(ddp: Any, dp_group: dist.ProcessGroup) -> None:
+def _gather_shares(buffers: list[Any], dp_group: dist.ProcessGroup) -> None:
     """Complete the gradients, of which the distributed optimizer leaves each rank a share."""
-    for buffer in ddp.buffers:
+    for buffer in buffers:
         for bucket in buffer.buckets:
             shares = list(bucket.grad_data.chunk(dist.get_world_size(dp_group)))
             dist.all_gather(shares, shares[dist.get_rank(dp_group)].clone(), group=dp_group)

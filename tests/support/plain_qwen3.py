@@ -53,8 +53,22 @@ class PlainQwen3:
         )
 
     def _mlp(self, x: Tensor, prefix: str) -> Tensor:
+        if f"{prefix}gate.weight" in self.weights:
+            return self._experts(x, prefix)
         gate, up, down = (self.weights[f"{prefix}{n}_proj.weight"] for n in ("gate", "up", "down"))
         return (silu(x @ gate.T) * (x @ up.T)) @ down.T
+
+    def _experts(self, x: Tensor, prefix: str) -> Tensor:
+        """Return every expert's output, weighted with 0 where it is not among the best."""
+        weights = (x @ self.weights[f"{prefix}gate.weight"].T).softmax(dim=-1)
+        worst = weights.topk(self.config["num_experts_per_tok"], dim=-1).values[..., -1:]
+        weights = torch.where(weights >= worst, weights, 0.0)
+        if self.config["norm_topk_prob"]:
+            weights = weights / weights.sum(dim=-1, keepdim=True)
+        outputs = [
+            self._mlp(x, f"{prefix}experts.{expert}.") for expert in range(weights.shape[-1])
+        ]
+        return (torch.stack(outputs, dim=-1) * weights.unsqueeze(-2)).sum(dim=-1)
 
     def _attention(self, x: Tensor, prefix: str) -> Tensor:
         width = self.config["head_dim"]

@@ -29,12 +29,23 @@ SMALL: dict[str, Any] = {
 }
 """head_dim isn't hidden / heads, two query heads share a key head, and the vocabulary is odd."""
 
+MOE: dict[str, Any] = {
+    "model_type": "qwen3_moe",
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+}
+"""The changes that make it a Qwen3-MoE."""
+
 
 def random_tensors(config: dict[str, Any], *, seed: int) -> dict[str, Tensor]:
     """Return the tensors of a Qwen3 by name: logits of std near 2, norms far from 1."""
     generator = torch.Generator().manual_seed(seed)
-    hidden, ffn = config["hidden_size"], config["intermediate_size"]
-    width = config["head_dim"]
+    hidden, width = config["hidden_size"], config["head_dim"]
     queries, keys = config["num_attention_heads"] * width, config["num_key_value_heads"] * width
 
     def matrix(rows: int, columns: int, gain: float = 1.5) -> Tensor:
@@ -56,10 +67,20 @@ def random_tensors(config: dict[str, Any], *, seed: int) -> dict[str, Tensor]:
             prefix + "self_attn.k_norm.weight": norm(width),
             prefix + "self_attn.o_proj.weight": matrix(hidden, queries),
             prefix + "post_attention_layernorm.weight": norm(hidden),
-            prefix + "mlp.gate_proj.weight": matrix(ffn, hidden),
-            prefix + "mlp.up_proj.weight": matrix(ffn, hidden),
-            prefix + "mlp.down_proj.weight": matrix(hidden, ffn),
         }
+        mlps = {prefix + "mlp.": config["intermediate_size"]}
+        if config["model_type"] == "qwen3_moe":
+            tensors[prefix + "mlp.gate.weight"] = matrix(config["num_experts"], hidden)
+            mlps = {
+                f"{prefix}mlp.experts.{expert}.": config["moe_intermediate_size"]
+                for expert in range(config["num_experts"])
+            }
+        for mlp, ffn in mlps.items():
+            tensors |= {
+                mlp + "gate_proj.weight": matrix(ffn, hidden),
+                mlp + "up_proj.weight": matrix(ffn, hidden),
+                mlp + "down_proj.weight": matrix(hidden, ffn),
+            }
     tensors["model.norm.weight"] = norm(hidden)
     if not config["tie_word_embeddings"]:
         tensors["lm_head.weight"] = matrix(config["vocab_size"], hidden)
@@ -84,6 +105,8 @@ def write(
             "rope_theta": written.pop("rope_theta"),
         }
         written["dtype"] = written.pop("torch_dtype")
+        if "num_experts" in written:
+            written["num_local_experts"] = written.pop("num_experts")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(written))
     write_tensors(folder, tensors, num_files=num_files)

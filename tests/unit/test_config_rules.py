@@ -261,6 +261,7 @@ SHAPE = {
     "num_attention_heads": 16,
     "num_query_groups": 8,
     "ffn_hidden_size": 6144,
+    "num_moe_experts": None,
 }
 
 
@@ -289,3 +290,70 @@ def test_the_feed_forward_size_must_divide_too():
     ):
         check_model_layout("teacher", parallel, **{**SHAPE, "ffn_hidden_size": 6145})
     check_model_layout("teacher", parallel, **SHAPE)
+
+
+MOE_SHAPE = SHAPE | {"num_moe_experts": 6, "ffn_hidden_size": 6145}
+
+
+@pytest.mark.parametrize(
+    ("shape", "sizes", "words"),
+    [
+        (SHAPE, (1, 2, False), "student.path is a dense model: set it to 1"),
+        (MOE_SHAPE, (1, 4, False), "must divide the student's experts (6); 1, 2, 3 or 6 would"),
+        (MOE_SHAPE, (2, 2, False), "needs student.parallel.sequence_parallel = true: set that"),
+    ],
+)
+def test_experts_that_cannot_be_shared_are_refused_with_what_would_work(shape, sizes, words):
+    tensor, expert, sequence = sizes
+    parallel = ParallelConfig(
+        tensor_model_parallel_size=tensor,
+        expert_model_parallel_size=expert,
+        sequence_parallel=sequence,
+    )
+    with pytest.raises(ConfigError) as caught:
+        check_model_layout("student", parallel, **shape)
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, False), (1, 3, False), (2, 6, True), (2, 1, True)])
+def test_experts_need_no_feed_forward_size_that_tensor_parallelism_divides(sizes):
+    tensor, expert, sequence = sizes
+    parallel = ParallelConfig(
+        tensor_model_parallel_size=tensor,
+        expert_model_parallel_size=expert,
+        sequence_parallel=sequence,
+    )
+    check_model_layout("teacher", parallel, **MOE_SHAPE)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "pipeline", "expert", "words"),
+    [
+        (1, 1, 5, "ranks of a pipeline stage (12)"),
+        (1, 1, 5, "1, 2, 3, 4, 6 or 12 would work"),
+        (1, 2, 12, "ranks of a pipeline stage (6)"),
+        (2, 1, 3, "tensor_model_parallel_size = 2; 1, 2, 4, 6 or 12 would work"),
+    ],
+)
+def test_ranks_that_cannot_share_experts_are_refused_with_sizes_that_can(
+    tensor, pipeline, expert, words
+):
+    config = config_with(
+        teacher__parallel__tensor_model_parallel_size=tensor,
+        teacher__parallel__pipeline_model_parallel_size=pipeline,
+        teacher__parallel__expert_model_parallel_size=expert,
+    )
+    message = message_of(config, 12)
+    assert message.startswith(f"teacher.parallel.expert_model_parallel_size = {expert} must divide")
+    assert words in message
+
+
+@pytest.mark.parametrize(("tensor", "expert"), [(1, 4), (2, 4), (4, 2), (4, 12), (2, 2)])
+def test_ranks_that_can_share_experts_are_accepted(tensor, expert):
+    check(
+        config_with(
+            student__parallel__tensor_model_parallel_size=tensor,
+            student__parallel__expert_model_parallel_size=expert,
+        ),
+        12,
+    )

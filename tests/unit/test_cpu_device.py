@@ -130,7 +130,8 @@ print(json.dumps({
     "megatron's torch": [in_megatron(code) for code in (
         "torch.cuda.is_available()", "torch.cuda.synchronize()", "torch.__name__",
         "torch.cuda.__name__", "torch.Tensor is __import__('torch').Tensor",
-        "torch.distributed is __import__('torch').distributed",
+        "torch.distributed.all_reduce is __import__('torch').distributed.all_reduce",
+        "torch.cuda.Stream().record_event().synchronize()",
     )],
     "megatron's random state": in_megatron(
         "[torch.cuda.manual_seed(n).initial_seed() and torch.cuda.get_rng_state().tolist()"
@@ -231,7 +232,9 @@ def test_megatron_gets_cpu_tensors_where_it_asks_for_cuda(without_cuda: dict[str
     assert without_cuda["megatron's tensors"] == [
         "cpu", "cpu", "cpu", "meta", "cpu", [0, 0], [1.5, 2.0]
     ]  # fmt: skip
-    assert without_cuda["megatron's torch"] == [False, None, "torch", "torch.cuda", True, True]
+    assert without_cuda["megatron's torch"] == [
+        False, None, "torch", "torch.cuda", True, True, None
+    ]  # fmt: skip
 
 
 def test_megatrons_random_states_do_not_seed_the_users(without_cuda: dict[str, Any]) -> None:

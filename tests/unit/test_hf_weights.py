@@ -40,7 +40,7 @@ def shard_shape(name: str, whole: Parameter, config: Qwen3Config, tp_size: int) 
     if shape[0] == config.vocab_size:
         shape[0] = padded_vocab_size(config.vocab_size, tp_size)
     for layer, dim in CUT_ALONG.items():
-        if layer in name:
+        if layer in name and "experts" not in name:
             assert shape[dim] % tp_size == 0
             shape[dim] //= tp_size
     return shape
@@ -85,8 +85,9 @@ def back(config: Qwen3Config, ranks: list[dict[str, Parameter]]) -> Iterator[tup
         {"num_key_value_heads": 4, "num_attention_heads": 8},
         {"num_key_value_heads": 4, "tie_word_embeddings": True, "vocab_size": 56},
         {"num_key_value_heads": 4, "vocab_size": 5, "num_hidden_layers": 1},
+        {"num_key_value_heads": 4, "num_hidden_layers": 1} | qwen3_folder.MOE,
     ],
-    ids=["grouped heads", "tied", "a rank without vocabulary"],
+    ids=["grouped heads", "tied", "a rank without vocabulary", "experts"],
 )
 def test_a_round_trip_through_shards_is_bitwise(
     tmp_path: Path, layout: Layout, changes: dict[str, Any], tp_size: int
@@ -229,6 +230,34 @@ def test_a_parameter_without_a_row_in_the_table_is_refused(tmp_path: Path) -> No
             tp_rank=0,
             tp_size=1,
         )
+
+
+@pytest.mark.parametrize("ep_size", [1, 2, 4])
+def test_a_rank_reads_its_own_experts_whole_and_gives_them_back(
+    tmp_path: Path, ep_size: int
+) -> None:
+    tensors = qwen3_folder.write(tmp_path, **qwen3_folder.MOE)
+    config, folder = read_config(tmp_path), HFFolder(tmp_path, setting=SETTING)
+    returned: dict[str, Tensor] = {}
+    for ep_rank in range(ep_size):
+        weights = list(hf_weights.weights_of(config, [0, 1], ep_rank=ep_rank, ep_size=ep_size))
+        experts = [weight for weight in weights if weight.is_expert]
+        assert len(experts) == 2 * 2 * 4 // ep_size
+        shards = {
+            weight.megatron: Parameter(
+                torch.full((48, 48) if "fc1" in weight.megatron else (48, 24), torch.nan)
+            )
+            for weight in experts
+        }
+        hf_weights.load(
+            shards.items(), weights, folder, vocab_size=config.vocab_size, tp_rank=1, tp_size=2
+        )
+        for weight in experts:
+            shard = shards[weight.megatron].data
+            returned |= dict(hf_weights.to_hugging_face(weight, [shard], vocab_size=53))
+    expected = {name: tensor for name, tensor in tensors.items() if ".experts." in name}
+    assert returned.keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in returned.items())
 
 
 def test_a_pipeline_stage_reads_its_own_layers(tmp_path: Path) -> None:

@@ -26,6 +26,11 @@ CASES: dict[str, dict[str, Any]] = {
     "as many key heads": {"num_key_value_heads": 4, "num_hidden_layers": 3, "rms_norm_eps": 0.1},
     "new spelling": {"spelling": "transformers-5", "vocab_size": 61, "rope_theta": 30.0},
     "new spelling, tied": {"spelling": "transformers-5", "tie_word_embeddings": True},
+    "experts": qwen3_folder.MOE,
+    "experts, new spelling": qwen3_folder.MOE | {"spelling": "transformers-5", "num_experts": 6},
+    "experts whose weights don't sum to 1": qwen3_folder.MOE | {"norm_topk_prob": False},
+    "one expert a token": qwen3_folder.MOE | {"num_experts_per_tok": 1, "norm_topk_prob": False},
+    "all experts for each token": qwen3_folder.MOE | {"num_experts_per_tok": 4},
 }
 
 

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.qwen3_folder import SMALL
+from support.qwen3_folder import MOE, SMALL
 
 from poweropd_megatron.errors import InputError
-from poweropd_megatron.models.qwen3 import Qwen3Config
+from poweropd_megatron.models.qwen3 import Qwen3Config, Qwen3Experts
 
 SETTING = "student.path"
 MISSING = object()
@@ -62,6 +62,31 @@ def test_embeddings_are_untied_unless_it_says_so_and_real_numbers_may_be_integer
     assert isinstance(config.layernorm_epsilon, float)
 
 
+@pytest.mark.parametrize(
+    "spelling",
+    [
+        {},
+        {"num_experts": MISSING, "num_local_experts": 4, "mlp_only_layers": None},
+        {"decoder_sparse_step": MISSING, "mlp_only_layers": MISSING},
+    ],
+    ids=["old", "transformers-5", "defaults left out"],
+)
+def test_both_spellings_of_experts_give_megatrons_names(
+    tmp_path: Path, spelling: dict[str, Any]
+) -> None:
+    write_config(tmp_path, **(MOE | spelling))
+    assert Qwen3Config.from_folder(tmp_path, setting=SETTING).experts == Qwen3Experts(
+        num_moe_experts=4, moe_router_topk=2, moe_ffn_hidden_size=24, norm_topk_prob=True
+    )
+
+
+def test_weights_of_experts_are_not_scaled_to_one_unless_it_says_so(tmp_path: Path) -> None:
+    write_config(tmp_path, **(MOE | {"norm_topk_prob": MISSING}))
+    experts = Qwen3Config.from_folder(tmp_path, setting=SETTING).experts
+    assert experts is not None
+    assert experts.norm_topk_prob is False
+
+
 def test_the_bundled_models_are_read(student_folder: Path, teacher_folder: Path) -> None:
     student = Qwen3Config.from_folder(student_folder, setting=SETTING)
     assert student == Qwen3Config.from_folder(teacher_folder, setting="teacher.path")
@@ -72,8 +97,8 @@ def test_the_bundled_models_are_read(student_folder: Path, teacher_folder: Path)
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
-        ({"model_type": "llama"}, "has model_type 'llama'; supported is 'qwen3'"),
-        ({"model_type": "qwen3_moe"}, "has model_type 'qwen3_moe'"),
+        ({"model_type": "llama"}, "has model_type 'llama'; supported are 'qwen3'"),
+        ({"model_type": "qwen2_moe"}, "has model_type 'qwen2_moe'"),
         ({"model_type": MISSING}, "has model_type None"),
         ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_type = 'yarn' is not supported"),
         (
@@ -114,10 +139,17 @@ def test_the_bundled_models_are_read(student_folder: Path, teacher_folder: Path)
         ({"rms_norm_eps": 0}, "rms_norm_eps is 0, expected a finite number above 0"),
         ({"rms_norm_eps": math.nan}, "rms_norm_eps is nan, expected a finite number above 0"),
         ({"rms_norm_eps": MISSING}, "rms_norm_eps is None, expected a finite number above 0"),
+        (MOE | {"mlp_only_layers": [0]}, r"mlp_only_layers = \[0\] is not supported"),
+        (MOE | {"decoder_sparse_step": 2}, "decoder_sparse_step = 2 is not supported"),
+        (MOE | {"decoder_sparse_step": 0}, "decoder_sparse_step = 0 is not supported"),
+        (MOE | {"num_experts": MISSING}, "num_experts is None, expected an integer above 0"),
+        (MOE | {"num_experts": 0}, "num_experts is 0, expected an integer above 0"),
+        (MOE | {"num_experts_per_tok": 5}, "num_experts_per_tok is 5, more than the 4 experts"),
+        (MOE | {"moe_intermediate_size": MISSING}, "moe_intermediate_size is None, expected an"),
     ],
     ids=str,
 )
-def test_what_is_no_dense_qwen3_is_refused_with_the_setting_the_file_and_the_field(
+def test_what_is_no_known_qwen3_is_refused_with_the_setting_the_file_and_the_field(
     tmp_path: Path, changes: dict[str, Any], problem: str
 ) -> None:
     file = write_config(tmp_path, **changes)

@@ -1,0 +1,56 @@
+"""How a model's experts are shared out over ranks."""
+
+from poweropd_megatron.config.choices import divisors, listed
+from poweropd_megatron.config.schema import ParallelConfig
+from poweropd_megatron.errors import ConfigError
+
+
+def check_expert_ranks(name: str, parallel: ParallelConfig, world_size: int) -> None:
+    """Return if the ranks of a pipeline stage can share experts.
+
+    Those that share run each forward together, so they must be whole model copies, or parts of one.
+
+    Raises: ConfigError that names the sizes that would work.
+    """
+    expert, tensor = parallel.expert_model_parallel_size, parallel.tensor_model_parallel_size
+    ranks = world_size // parallel.pipeline_model_parallel_size
+
+    def fits(size: int) -> bool:
+        return ranks % size == 0 and (size % tensor == 0 or tensor % size == 0)
+
+    if not fits(expert):
+        working = [size for size in range(1, ranks + 1) if fits(size)]
+        raise ConfigError(
+            f"{name}.parallel.expert_model_parallel_size = {expert} must divide the ranks of a "
+            f"pipeline stage ({ranks}), and divide or be a multiple of "
+            f"{name}.parallel.tensor_model_parallel_size = {tensor}; {listed(working)} would work"
+        )
+
+
+def check_experts(name: str, parallel: ParallelConfig, num_moe_experts: int | None) -> None:
+    """Return if the layout can share out a model's experts; num_moe_experts is None if dense.
+
+    Megatron trains experts with tensor parallelism only where sequence parallelism gives each rank
+    tokens of its own.
+
+    Raises: ConfigError that names the settings and what would work.
+    """
+    expert, setting = parallel.expert_model_parallel_size, "parallel.expert_model_parallel_size"
+    if num_moe_experts is None:
+        if expert > 1:
+            raise ConfigError(
+                f"{name}.{setting} = {expert} needs experts, but {name}.path is a dense model: "
+                "set it to 1"
+            )
+        return
+    if num_moe_experts % expert:
+        raise ConfigError(
+            f"{name}.{setting} = {expert} must divide the {name}'s experts ({num_moe_experts}); "
+            f"{listed(divisors(num_moe_experts))} would work"
+        )
+    if parallel.tensor_model_parallel_size > 1 and not parallel.sequence_parallel:
+        raise ConfigError(
+            f"{name}.parallel.tensor_model_parallel_size = {parallel.tensor_model_parallel_size} "
+            f"with experts needs {name}.parallel.sequence_parallel = true: set that, or set "
+            f"{name}.parallel.tensor_model_parallel_size = 1"
+        )

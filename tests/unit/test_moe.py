@@ -1,0 +1,85 @@
+"""The layers of a Qwen3-MoE: their keys in checkpoints, and what their router adds to the loss."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from support import qwen3_folder
+from support.plain_qwen3 import PlainQwen3
+
+from poweropd_megatron.models.build import build_model
+from poweropd_megatron.models.qwen3 import Qwen3Config
+from poweropd_megatron.parallel.layout import Layout
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    qwen3_folder.write(folder, seed=2, **qwen3_folder.MOE)
+    return folder
+
+
+def test_checkpoints_have_the_keys_of_transformer_engines_layers(
+    folder: Path, layout: Layout
+) -> None:
+    """One format, whichever layers wrote it; experts are numbers along a dimension."""
+    model = Qwen3Config.from_folder(folder, setting="student.path")
+    [chunk] = build_model(model, layout, folder=str(folder), dtype="fp32", setting="student.path")
+    state = chunk.sharded_state_dict()
+    keys = {
+        tensor.key: tensor
+        for name, tensor in state.items()
+        if not name.endswith("_extra_state") and "decoder.layers" in name
+    }
+    prefix = "decoder.layers."
+    assert keys.keys() == {
+        prefix + "self_attention.linear_qkv.layer_norm_weight",
+        prefix + "self_attention.linear_qkv.weight",
+        prefix + "self_attention.linear_proj.weight",
+        prefix + "self_attention.q_layernorm.weight",
+        prefix + "self_attention.k_layernorm.weight",
+        prefix + "pre_mlp_layernorm.weight",
+        prefix + "mlp.router.weight",
+        prefix + "mlp.experts.experts.linear_fc1.weight",
+        prefix + "mlp.experts.experts.linear_fc2.weight",
+    }
+    assert keys[prefix + "mlp.experts.experts.linear_fc2.weight"].global_shape == (2, 4, 48, 24)
+
+
+def test_the_router_learns_from_the_loss_alone(folder: Path, layout: Layout) -> None:
+    """No balancing loss: in training mode every gradient is that of plain torch."""
+    model = Qwen3Config.from_folder(folder, setting="student.path")
+    [chunk] = build_model(model, layout, folder=str(folder), dtype="fp32", setting="student.path")
+    ids = torch.randint(53, (2, 9), generator=torch.Generator().manual_seed(5))
+    plain = PlainQwen3.from_folder(folder)
+    plain.logits(ids).square().sum().backward()
+    chunk.train()(input_ids=ids, position_ids=None, attention_mask=None).square().sum().backward()
+    for number, layer in enumerate(chunk.decoder.layers):
+        expected = plain.weights[f"model.layers.{number}.mlp.gate.weight"].grad
+        assert expected is not None
+        error = (layer.mlp.router.weight.grad - expected).norm() / expected.norm()
+        assert error < 1e-5
+
+
+def test_experts_in_bf16_err_no_more_than_bf16_rounding_where_no_token_changes_its_experts(
+    folder: Path, layout: Layout
+) -> None:
+    """All experts take each token here, so rounding can't send one elsewhere.
+
+    The bound is half again that of a dense model: the weights of the experts are rounded too.
+    """
+    everywhere = folder.parent / "everywhere"
+    changes = qwen3_folder.MOE | {"num_experts_per_tok": 4}
+    qwen3_folder.write(everywhere, seed=2, **changes)
+    model = Qwen3Config.from_folder(everywhere, setting="student.path")
+    [chunk] = build_model(
+        model, layout, folder=str(everywhere), dtype="bf16", setting="student.path"
+    )
+    ids = torch.randint(53, (2, 33), generator=torch.Generator().manual_seed(5))
+    rounded = PlainQwen3.from_folder(everywhere)
+    rounded.weights = {name: x.detach().bfloat16().double() for name, x in rounded.weights.items()}
+    with torch.no_grad():
+        ours = chunk.eval()(input_ids=ids, position_ids=None, attention_mask=None)
+        exact = rounded.logits(ids)
+    root_mean_square = (ours.double() - exact).square().mean().sqrt()
+    assert root_mean_square < 6 * 2**-8 * exact.std()
