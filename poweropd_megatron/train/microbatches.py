@@ -33,10 +33,8 @@ class MicroBatch:
 
     def put(self, whole_BT: Tensor, values_N: Tensor) -> None:
         """Write a value for each token in the loss, row by row, into a whole batch's tensor."""
-        part_bS = torch.zeros(self.mask_bS.shape, dtype=whole_BT.dtype)
-        part_bS[self.mask_bS] = values_N.detach().to(whole_BT)
-        length = min(part_bS.shape[1], whole_BT.shape[1])
-        whole_BT[self.rows_b, :length] = part_bS[:, :length]
+        row_N, position_N = self.mask_bS.nonzero(as_tuple=True)
+        whole_BT[self.rows_b[row_N], position_N] = values_N.detach().to(whole_BT)
 
     def chosen(
         self,
@@ -86,6 +84,27 @@ def plan(
             )
         )
     return batches
+
+
+def fill_up(
+    micro_batches: list[MicroBatch], multiple: int, trajectories: Trajectories, layout: Layout
+) -> list[MicroBatch]:
+    """Return the micro-batches and, up to a multiple, idle ones without a token in the loss.
+
+    Megatron's interleaved schedule needs a multiple of its group size.
+    """
+    length = layout.tp_size if layout.parallel.sequence_parallel else 1
+    return micro_batches + [_idle(trajectories, length)] * (-len(micro_batches) % multiple)
+
+
+def _idle(trajectories: Trajectories, length: int) -> MicroBatch:
+    """Return a micro-batch that makes this rank take part in a forward and changes nothing."""
+    token_ids_bS = _cut_or_pad(trajectories.token_ids_BT[:1], length)
+    return MicroBatch(
+        rows_b=torch.zeros(1, dtype=torch.int64),
+        token_ids_bS=token_ids_bS,
+        mask_bS=torch.zeros_like(token_ids_bS, dtype=torch.bool),
+    )
 
 
 def _cut_or_pad(rows_bT: Tensor, length: int) -> Tensor:

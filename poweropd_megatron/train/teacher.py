@@ -30,10 +30,16 @@ class Teacher:
         self._logits_dtype = TORCH_DTYPES[logits_dtype]
         self._vocab_size = model.vocab_size
         self._layout = layout
-        [self._chunk] = build_model(
-            model, layout, folder=config.path, dtype=config.dtype, setting="teacher.path"
+        self._chunks = build_model(
+            model,
+            layout,
+            folder=config.path,
+            dtype=config.dtype,
+            setting="teacher.path",
+            megatron=config.megatron,
         )
-        self._chunk.eval().requires_grad_(False)
+        for chunk in self._chunks:
+            chunk.eval().requires_grad_(False)
 
     @torch.no_grad()
     def score(self, trajectories: Trajectories, labels: Labels) -> Tensor:
@@ -56,7 +62,7 @@ class Teacher:
         )
         for micro_batch in micro_batches:
             logp_N = forward_stage(
-                self._chunk,
+                self._chunks,
                 layout,
                 micro_batch.token_ids_bS,
                 output_processor=score_chosen,

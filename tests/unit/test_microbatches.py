@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from support.made_trajectories import make
 
 from poweropd_megatron.rollout.trajectories import Trajectories
-from poweropd_megatron.train.microbatches import plan
+from poweropd_megatron.train.microbatches import fill_up, plan
 
 
 @st.composite
@@ -98,3 +98,24 @@ def test_values_written_back_land_on_the_tokens_that_they_were_cut_from(
     ):
         batch.put(written_BT, batch.cut(values_BT)[batch.mask_bS])
     assert torch.equal(written_BT, torch.where(mask_BT, values_BT, 0.0))
+
+
+@given(trajectories=batches(), micro_batch_size=st.integers(1, 5), multiple=st.integers(1, 5))
+def test_filling_up_adds_fewest_micro_batches_without_a_token_in_the_loss(
+    trajectories: Trajectories, micro_batch_size: int, multiple: int
+) -> None:
+    mask_BT = trajectories.response_mask_BT
+    two_ranks = layout(2, sequence_parallel=True)
+    rows = torch.arange(trajectories.num_sequences)
+    planned = plan(trajectories, mask_BT, rows, two_ranks, micro_batch_size=micro_batch_size)
+    filled = fill_up(planned, multiple, trajectories, two_ranks)
+    assert filled[: len(planned)] == planned
+    assert len(filled) % multiple == 0
+    assert len(filled) < len(planned) + multiple
+    written_BT = torch.ones(mask_BT.shape)
+    for batch in filled[len(planned) :]:
+        assert batch.token_ids_bS.shape == batch.mask_bS.shape == (1, 2)
+        values_N = batch.cut(written_BT)[batch.mask_bS]
+        assert len(values_N) == 0
+        batch.put(written_BT, values_N)
+    assert (written_BT == 1).all()
