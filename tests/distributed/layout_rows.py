@@ -1,14 +1,19 @@
 """Short ways to write a row of the table of layouts."""
 
+from typing import Any
+
 from training import Row
 
 from poweropd_megatron.config.schema import ParallelConfig
 
 
-def parallel(tensor: int = 1, pipeline: int = 1, *, sequence: bool = False) -> ParallelConfig:
+def parallel(
+    tensor: int = 1, pipeline: int = 1, *, virtual: int | None = None, sequence: bool = False
+) -> ParallelConfig:
     return ParallelConfig(
         tensor_model_parallel_size=tensor,
         pipeline_model_parallel_size=pipeline,
+        virtual_pipeline_model_parallel_size=virtual,
         sequence_parallel=sequence,
     )
 
@@ -21,6 +26,7 @@ def row(
     *,
     micro_batch_size: int = 2,
     use_distributed_optimizer: bool = True,
+    **megatron: Any,
 ) -> Row:
     """Return a row whose teacher has the student's layout unless it is given its own."""
     return Row(
@@ -30,6 +36,7 @@ def row(
         teacher=teacher or student,
         micro_batch_size=micro_batch_size,
         use_distributed_optimizer=use_distributed_optimizer,
+        megatron=megatron,
     )
 
 
