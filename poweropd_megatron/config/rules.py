@@ -1,10 +1,12 @@
 """What the settings must be together, and what a resumed run may change."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
+from poweropd_megatron.config.choices import divisors, listed, multiples_around
+from poweropd_megatron.config.pipeline import check_pipeline
 from poweropd_megatron.config.ranges import check_ranges
 from poweropd_megatron.config.schema import (
     DataConfig,
@@ -24,7 +26,9 @@ CHANGEABLE_ON_RESUME = (
     "max_tokens_per_microbatch",
     "distributed_timeout_minutes",
     "student.parallel.*",
+    "student.megatron*",
     "teacher.parallel.*",
+    "teacher.megatron*",
     "teacher.micro_batch_size",
     "teacher.max_tokens_per_microbatch",
     "rollout.micro_batch_size",
@@ -55,6 +59,7 @@ def check(config: TrainConfig, world_size: int | None = None) -> None:
     _check_samples(config)
     for name, model in (("student", config.student), ("teacher", config.teacher)):
         _check_sequence_parallel(name, model.parallel)
+        _check_virtual_pipeline(name, model.parallel)
         if world_size is not None:
             _check_ranks(name, model.parallel, world_size)
     if world_size is not None:
@@ -64,13 +69,14 @@ def check(config: TrainConfig, world_size: int | None = None) -> None:
 def check_model_layout(
     name: Literal["student", "teacher"],
     parallel: ParallelConfig,
+    megatron: Mapping[str, Any],
     *,
     num_layers: int,
     num_attention_heads: int,
     num_query_groups: int,
     ffn_hidden_size: int,
 ) -> None:
-    """Return if the layout cuts a model of this shape into equal parts.
+    """Return if the layout can cut a model of this shape: heads and widths into equal parts.
 
     Raises: ConfigError that names the parallel size and the sizes that would work.
     """
@@ -84,14 +90,9 @@ def check_model_layout(
         if count % tensor:
             raise ConfigError(
                 f"{name}.parallel.tensor_model_parallel_size = {tensor} must divide the {name}'s "
-                f"{what} ({count}); {_listed(_divisors(math.gcd(*parts.values())))} would work"
+                f"{what} ({count}); {listed(divisors(math.gcd(*parts.values())))} would work"
             )
-    pipeline = parallel.pipeline_model_parallel_size
-    if num_layers % pipeline:
-        raise ConfigError(
-            f"{name}.parallel.pipeline_model_parallel_size = {pipeline} must divide the {name}'s "
-            f"layers ({num_layers}); {_listed(_divisors(num_layers))} would work"
-        )
+    check_pipeline(name, parallel, megatron, num_layers)
 
 
 def frozen_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
@@ -187,7 +188,7 @@ def _check_samples(config: TrainConfig) -> None:
     if batch % samples:
         raise ConfigError(
             f"rollout.num_samples_per_prompt = {samples} must divide global_batch_size = {batch}; "
-            f"{_listed(_divisors(batch))} would work"
+            f"{listed(divisors(batch))} would work"
         )
 
 
@@ -200,6 +201,16 @@ def _check_sequence_parallel(name: str, parallel: ParallelConfig) -> None:
         )
 
 
+def _check_virtual_pipeline(name: str, parallel: ParallelConfig) -> None:
+    chunks = parallel.virtual_pipeline_model_parallel_size
+    if chunks is not None and parallel.pipeline_model_parallel_size == 1:
+        raise ConfigError(
+            f"{name}.parallel.virtual_pipeline_model_parallel_size = {chunks} needs "
+            f"{name}.parallel.pipeline_model_parallel_size > 1, not 1: raise it, or leave out "
+            "virtual_pipeline_model_parallel_size"
+        )
+
+
 def _check_ranks(name: str, parallel: ParallelConfig, world_size: int) -> None:
     tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     size = parallel.model_parallel_size
@@ -207,8 +218,8 @@ def _check_ranks(name: str, parallel: ParallelConfig, world_size: int) -> None:
         raise ConfigError(
             f"{name}.parallel.tensor_model_parallel_size = {tensor} times "
             f"{name}.parallel.pipeline_model_parallel_size = {pipeline} must divide the number of "
-            f"ranks ({world_size}): start {_listed(_multiples_around(world_size, size))} ranks, "
-            f"or choose sizes whose product is {_listed(_divisors(world_size))}"
+            f"ranks ({world_size}): start {listed(multiples_around(world_size, size))} ranks, "
+            f"or choose sizes whose product is {listed(divisors(world_size))}"
         )
 
 
@@ -226,28 +237,14 @@ def _check_data_parallel_batch(config: TrainConfig, world_size: int) -> None:
         return
     if batch % (micro * data_parallel):
         step = math.lcm(micro * data_parallel, config.rollout.num_samples_per_prompt)
-        fix = f"set global_batch_size to {_listed(_multiples_around(batch, step))}"
+        fix = f"set global_batch_size to {listed(multiples_around(batch, step))}"
         if batch % data_parallel == 0:
-            fix += f", or micro_batch_size to {_listed(_divisors(batch // data_parallel))}"
+            fix += f", or micro_batch_size to {listed(divisors(batch // data_parallel))}"
         raise ConfigError(
             f"global_batch_size = {batch} must be a multiple of micro_batch_size = {micro} times "
             f"the student's data-parallel size = {data_parallel} ({world_size} ranks / "
             f"{config.student.parallel.model_parallel_size} model-parallel): {fix}"
         )
-
-
-def _multiples_around(value: int, step: int) -> list[int]:
-    below = value // step * step
-    return [multiple for multiple in (below, below + step) if multiple > 0]
-
-
-def _divisors(value: int) -> list[int]:
-    return [divisor for divisor in range(1, value + 1) if value % divisor == 0]
-
-
-def _listed(values: Iterable[int]) -> str:
-    *others, last = map(str, values)
-    return f"{', '.join(others)} or {last}" if others else last
 
 
 def _flatten(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -3,8 +3,8 @@
 Shapes: B sequences, T tokens, U updates.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -64,6 +64,8 @@ class Row:
     max_tokens_per_microbatch: int | None = None
     use_distributed_optimizer: bool = True
     head: Literal["fused", "recompute", "materialized"] = "fused"
+    megatron: dict[str, Any] = field(default_factory=dict)
+    """student.megatron."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +125,7 @@ class Models:
 
     def gather(self, value_of: Callable[[Any], Tensor]) -> dict[str, list[Tensor]]:
         """Return every copy of the student's tensors, see whole_tensors."""
-        return whole_tensors(self.student.chunk, self.student.layout, self.student_model, value_of)
+        return whole_tensors(self.student.chunks, self.student.layout, self.student_model, value_of)
 
 
 def build_models(
@@ -142,7 +144,9 @@ def build_models(
         global_batch_size=5,
         micro_batch_size=row.micro_batch_size,
         max_tokens_per_microbatch=row.max_tokens_per_microbatch,
-        student=StudentConfig(path=student_folder, dtype=dtype, parallel=row.student),
+        student=StudentConfig(
+            path=student_folder, dtype=dtype, parallel=row.student, megatron=row.megatron
+        ),
         teacher=TeacherConfig(
             path=teacher_folder,
             dtype=dtype,
@@ -179,19 +183,21 @@ def update_on_ranks(
     """Return what this rank saw of the updates in a layout."""
     models = build_models(row, student_folder, teacher_folder, dtype, OPTIMIZER, trajectories)
     student = models.student
-    finalize_model_grads = student.chunk.config.finalize_model_grads_func
+    schedule = student.chunks[0].config
+    finalize_model_grads = schedule.finalize_model_grads_func
     gradients: list[dict[str, list[Tensor]]] = []
 
     def finalize_and_record(model: list[Any], *args: Any, **kwargs: Any) -> None:
         finalize_model_grads(model, *args, **kwargs)
         if row.use_distributed_optimizer:
-            _gather_shares(model[0], student.layout.groups.dp)
+            _gather_shares(model, student.layout.groups.dp)
         gradients.append(models.gather(lambda weight: weight.main_grad))
 
-    student.chunk.config.finalize_model_grads_func = finalize_and_record
+    schedule.finalize_model_grads_func = finalize_and_record
     _roll_out(student)
     teacher_logp_BT = models.teacher.score(models.trajectories, models.labels)
     outcomes = [models.update(teacher_logp_BT) for _ in range(NUM_UPDATES)]
+    student.finish_param_gather()
     weights = models.gather(lambda weight: weight)
     logp_UBT = torch.stack([outcome.logp_BT for outcome in outcomes])
     return Measured(
@@ -209,7 +215,7 @@ def update_on_ranks(
 def _roll_out(student: Student) -> None:
     """Generate a little, as a run does before each update: that must leave nothing behind."""
     engine = MegatronRolloutEngine(
-        student.chunk,
+        student.chunks,
         student.layout,
         vocab_size=student.vocab_size,
         stop_token_ids=[],
@@ -224,16 +230,26 @@ def _roll_out(student: Student) -> None:
 
 
 def whole_tensors(
-    chunk: GPTModel, layout: Layout, model: Qwen3Config, value_of: Callable[[Any], Tensor]
+    chunks: Sequence[GPTModel],
+    layout: Layout,
+    model: Qwen3Config,
+    value_of: Callable[[Any], Tensor],
 ) -> dict[str, list[Tensor]]:
     """Return every copy of each tensor under its Hugging Face name, put together from all ranks.
 
     Under "padding": the rows beyond the vocabulary.
     """
-    weights = {weight.megatron: weight for weight in weights_of(model, layer_numbers(chunk))}
+    rows = [
+        (weights[name], parameter)
+        for chunk in chunks
+        for weights in [
+            {weight.megatron: weight for weight in weights_of(model, layer_numbers(chunk))}
+        ]
+        for name, parameter in chunk.named_parameters()
+    ]
     own: list[tuple[str, Tensor]] = []
-    for name, parameter in chunk.named_parameters():
-        weight, value = weights[name], value_of(parameter).detach().clone()
+    for weight, parameter in rows:
+        value = value_of(parameter).detach().clone()
         shards = [torch.empty_like(value) for _ in range(layout.tp_size)]
         dist.all_gather(shards, value, group=layout.groups.tp)
         copies = [[shard] for shard in shards] if weight.dim is None else [shards]
@@ -249,9 +265,9 @@ def whole_tensors(
     return whole
 
 
-def _gather_shares(ddp: Any, dp_group: dist.ProcessGroup) -> None:
+def _gather_shares(ddps: Sequence[Any], dp_group: dist.ProcessGroup) -> None:
     """Complete the gradients, of which the distributed optimizer leaves each rank a share."""
-    for buffer in ddp.buffers:
+    for buffer in (buffer for ddp in ddps for buffer in ddp.buffers):
         for bucket in buffer.buckets:
             shares = list(bucket.grad_data.chunk(dist.get_world_size(dp_group)))
             dist.all_gather(shares, shares[dist.get_rank(dp_group)].clone(), group=dp_group)
