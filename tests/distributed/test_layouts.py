@@ -107,8 +107,20 @@ ROWS_UNTIED_ONLY = [
     row("TP2+SP-packed", 2, parallel(2, sequence=True), max_tokens_per_microbatch=20),
     row("PP2-packed", 2, parallel(1, 2), max_tokens_per_microbatch=20),
     row("TP2xPP2+SP-packed", 4, parallel(2, 2, sequence=True), max_tokens_per_microbatch=20),
-    row("PP2xVPP2-packed", 2, parallel(1, 2, virtual=2), max_tokens_per_microbatch=10),
-    row("PP2xVPP2xDP2-packed", 4, parallel(1, 2, virtual=2), max_tokens_per_microbatch=20),
+    row(
+        "PP2xVPP2-packed",
+        2,
+        parallel(1, 2, virtual=2),
+        parallel(1, 2),
+        max_tokens_per_microbatch=10,
+    ),
+    row(
+        "PP2xVPP2xDP2-packed",
+        4,
+        parallel(1, 2, virtual=2),
+        parallel(1, 2),
+        max_tokens_per_microbatch=20,
+    ),
     row(
         "TP2+SP-packed-recompute-full",
         2,
