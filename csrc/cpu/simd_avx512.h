@@ -18,7 +18,7 @@ struct Avx512 {
   static float total(Float a) { return _mm512_reduce_add_ps(a); }
 
   // e^x for x <= 0; 0 below -104 and for -inf, NaN for NaN. 2^(x log2 e) is the product of a whole
-  // power, a root from the table, and a parabola on [-1/64, 1/64] (5e-8 relative, before rounding).
+  // power, a root from the table, and a parabola on [-1/64, 1/64] with 5e-8 relative error.
   static Float exp(Float x) {
     const Float log2e = broadcast(kLog2e), clamped = max(broadcast(kLowestExponent), x);  // not NaN
     const Float rounder = broadcast(393216.0f);  // 1.5 * 2^18: adding it leaves a multiple of 1/32

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from megatron.core.models.gpt import GPTModel
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -41,7 +42,8 @@ def export(student: Student, model: Qwen3Config, *, reference: str, target: Path
     layout = student.layout
     partial = target.with_name(f".{target.name}.partial")
     is_first = dist.get_rank() == 0
-    dtype = next(student.chunk.parameters()).dtype
+    student.finish_param_gather()
+    dtype = next(student.chunks[0].parameters()).dtype
     agreed(lambda: _copy_other_files(Path(reference), partial, dtype) if is_first else None)
     written = agreed(lambda: _write_stage(student, model, layout, partial))
     by_rank: list[dict[str, dict[str, int]]] = [{} for _ in range(dist.get_world_size())]
@@ -103,7 +105,14 @@ def _stage_tensors(
     student: Student, model: Qwen3Config, layout: Layout
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield this stage's tensors under their Hugging Face names, on the CPU."""
-    layers = layer_numbers(student.chunk)
+    for chunk in student.chunks:
+        yield from _chunk_tensors(chunk, model, layout)
+
+
+def _chunk_tensors(
+    chunk: GPTModel, model: Qwen3Config, layout: Layout
+) -> Iterator[tuple[str, Tensor]]:
+    layers = layer_numbers(chunk)
     tables = [
         {
             weight.megatron: weight
@@ -113,7 +122,7 @@ def _stage_tensors(
         }
         for ep_rank in range(layout.ep_size)
     ]
-    for name, parameter in student.chunk.named_parameters():
+    for name, parameter in chunk.named_parameters():
         weight = tables[layout.ep_rank][name]
         if name == "output_layer.weight" and model.tie_word_embeddings:
             continue

@@ -76,7 +76,8 @@ class RunState:
         if same_world:
             state["rng"] = _own_rng(None)
         loaded = sharded.load(state, checkpoint)
-        self._student.chunk.load_state_dict(loaded["model"], strict=False)
+        for number, chunk in enumerate(self._student.chunks):
+            chunk.load_state_dict(loaded["model"][number], strict=False)
         _load_optimizer(self._student.optimizer, loaded["optimizer"])
         self._student.schedule.load_state_dict(loaded["schedule"])
         self._prompts.load_state_dict(run["prompts"])
@@ -90,10 +91,14 @@ class RunState:
         The optimizer is a state by number: that of all weights, or of those outside the experts and
         of the experts, where other ranks hold copies of these than of the rest.
         """
+        self._student.finish_param_gather()
         model = {
-            name: value
-            for name, value in self._student.chunk.sharded_state_dict().items()
-            if not name.endswith("_extra_state")
+            number: {
+                name: value
+                for name, value in chunk.sharded_state_dict().items()
+                if not name.endswith("_extra_state")
+            }
+            for number, chunk in enumerate(self._student.chunks)
         }
         optimizer = self._student.optimizer.sharded_state_dict(
             model, is_loading=is_loading, metadata=_RESHARDABLE

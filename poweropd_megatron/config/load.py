@@ -37,6 +37,10 @@ TOML, but strings without quotes, and null for a setting that is to be left out.
 """
 
 
+_TABLES_OF_ENTRIES = ("student.megatron", "teacher.megatron")
+"""Settings that are tables, whose entries the command line may also give one by one."""
+
+
 def parse_train_config(argv: Sequence[str]) -> TrainConfig:
     """Return the settings of a run from --config files and dotted overrides.
 
@@ -108,6 +112,7 @@ def _flatten(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 
 def _override(values: Mapping[str, Any], argv: Sequence[str]) -> dict[str, Any]:
+    argv, entries = _without_entries(argv)
     for name, _ in _given(argv):
         if name not in SETTINGS:
             raise ConfigError(not_a_setting(name))
@@ -119,7 +124,47 @@ def _override(values: Mapping[str, Any], argv: Sequence[str]) -> dict[str, Any]:
         parsed = _parser().parse_args(list(argv), namespace=namespace, defaults=False)
     except jsonargparse.ArgumentError as error:
         raise ConfigError(_explain(str(error), argv)) from error
-    return {name: parsed[name] for name in SETTINGS if name in parsed}
+    settings = {name: parsed[name] for name in SETTINGS if name in parsed}
+    for table, key, value in entries:
+        changed = dict(settings.get(table, {}))
+        changed.pop(key, None)
+        settings[table] = changed if value is None else changed | {key: value}
+    return settings
+
+
+def _without_entries(
+    argv: Sequence[str],
+) -> tuple[list[str], list[tuple[str, str, Any]]]:
+    """Return a command line without --student.megatron.NAME VALUE and the like, and these.
+
+    An entry is its table's setting, its name and its value; None leaves it out.
+    """
+    rest: list[str] = []
+    entries = []
+    arguments = list(argv)
+    while arguments:
+        argument = arguments.pop(0)
+        option, equals, text = argument.removeprefix("--").partition("=")
+        table, _, key = option.rpartition(".")
+        if not argument.startswith("--") or table not in _TABLES_OF_ENTRIES or not key:
+            rest.append(argument)
+            continue
+        if not equals:
+            if not arguments or arguments[0].startswith("--"):
+                raise ConfigError(f"--{option} needs a value (write --{option}=VALUE)")
+            text = arguments.pop(0)
+        entries.append((table, key, _entry(text)))
+    return rest, entries
+
+
+def _entry(text: str) -> Any:
+    """Return a value as TOML has it, or the text where it isn't TOML, such as a bare word."""
+    if text == "null":
+        return None
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
 
 
 def _given(argv: Sequence[str]) -> Iterator[tuple[str, str | None]]:

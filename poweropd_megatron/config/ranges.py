@@ -37,6 +37,13 @@ RANGES: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
             "telemetry.diagnostics_interval",
         ),
     ),
+    "at least 2, or not set": (
+        lambda value: value >= 2,
+        (
+            "student.parallel.virtual_pipeline_model_parallel_size",
+            "teacher.parallel.virtual_pipeline_model_parallel_size",
+        ),
+    ),
     "at least 0": (
         lambda value: 0 <= value < math.inf,
         (

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from poweropd_megatron.config.choices import divisors, listed, multiples_around
 from poweropd_megatron.config.experts import check_expert_ranks, check_experts
+from poweropd_megatron.config.pipeline import check_pipeline
 from poweropd_megatron.config.ranges import check_ranges
 from poweropd_megatron.config.schema import (
     DataConfig,
@@ -26,7 +27,9 @@ CHANGEABLE_ON_RESUME = (
     "max_tokens_per_microbatch",
     "distributed_timeout_minutes",
     "student.parallel.*",
+    "student.megatron*",
     "teacher.parallel.*",
+    "teacher.megatron*",
     "teacher.micro_batch_size",
     "teacher.max_tokens_per_microbatch",
     "rollout.micro_batch_size",
@@ -57,6 +60,7 @@ def check(config: TrainConfig, world_size: int | None = None) -> None:
     _check_samples(config)
     for name, model in (("student", config.student), ("teacher", config.teacher)):
         _check_sequence_parallel(name, model.parallel)
+        _check_virtual_pipeline(name, model.parallel)
         if world_size is not None:
             _check_ranks(name, model.parallel, world_size)
             check_expert_ranks(name, model.parallel, world_size)
@@ -67,6 +71,7 @@ def check(config: TrainConfig, world_size: int | None = None) -> None:
 def check_model_layout(
     name: Literal["student", "teacher"],
     parallel: ParallelConfig,
+    megatron: Mapping[str, Any],
     *,
     num_layers: int,
     num_attention_heads: int,
@@ -74,7 +79,7 @@ def check_model_layout(
     ffn_hidden_size: int,
     num_moe_experts: int | None,
 ) -> None:
-    """Return if the layout cuts a model of this shape into equal parts.
+    """Return if the layout can cut a model of this shape: heads and widths into equal parts.
 
     num_moe_experts is None for a dense model; the others' feed-forward is not cut.
 
@@ -91,12 +96,7 @@ def check_model_layout(
                 f"{name}.parallel.tensor_model_parallel_size = {tensor} must divide the {name}'s "
                 f"{what} ({count}); {listed(divisors(math.gcd(*parts.values())))} would work"
             )
-    pipeline = parallel.pipeline_model_parallel_size
-    if num_layers % pipeline:
-        raise ConfigError(
-            f"{name}.parallel.pipeline_model_parallel_size = {pipeline} must divide the {name}'s "
-            f"layers ({num_layers}); {listed(divisors(num_layers))} would work"
-        )
+    check_pipeline(name, parallel, megatron, num_layers)
 
 
 def frozen_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
@@ -202,6 +202,16 @@ def _check_sequence_parallel(name: str, parallel: ParallelConfig) -> None:
             f"{name}.parallel.sequence_parallel = true needs "
             f"{name}.parallel.tensor_model_parallel_size > 1, not 1: raise it, or set "
             f"{name}.parallel.sequence_parallel = false"
+        )
+
+
+def _check_virtual_pipeline(name: str, parallel: ParallelConfig) -> None:
+    chunks = parallel.virtual_pipeline_model_parallel_size
+    if chunks is not None and parallel.pipeline_model_parallel_size == 1:
+        raise ConfigError(
+            f"{name}.parallel.virtual_pipeline_model_parallel_size = {chunks} needs "
+            f"{name}.parallel.pipeline_model_parallel_size > 1, not 1: raise it, or leave out "
+            "virtual_pipeline_model_parallel_size"
         )
 
 

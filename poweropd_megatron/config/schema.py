@@ -19,6 +19,9 @@ class ParallelConfig:
     """Ranks that share every layer's weight matrices and the vocabulary."""
     pipeline_model_parallel_size: int = 1
     """Pipeline stages that share the layers."""
+    virtual_pipeline_model_parallel_size: int | None = None
+    """Chunks of layers on each pipeline stage, run in turns: a shorter pipeline bubble in training
+    for more communication (needs pipeline stages)."""
     expert_model_parallel_size: int = 1
     """Ranks of a pipeline stage that share the experts of a Qwen3-MoE, each expert being whole on
     its rank (Megatron's expert_tensor_parallel_size is 1)."""
@@ -41,6 +44,10 @@ class StudentConfig:
     dtype: DType = "bf16"
     """Type of weights and activations; bf16 keeps fp32 main weights and fp32 gradients."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    megatron: dict[str, Any] = field(default_factory=dict)
+    """Settings of Megatron's own, by the names of its TransformerConfig, OptimizerConfig and
+    DistributedDataParallelConfig: recompute_granularity, overlap_grad_reduce, ...; see
+    docs/layouts.md. On the command line also one by one: --student.megatron.NAME VALUE."""
 
 
 @dataclass(kw_only=True)
@@ -58,6 +65,8 @@ class TeacherConfig:
     """Pack whole sequences into teacher forwards of at most this many tokens, as the student's
     setting of that name does for the student; neither model's setting affects the other."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    megatron: dict[str, Any] = field(default_factory=dict)
+    """The same for the teacher: how the layers are dealt out over pipeline stages."""
 
 
 @dataclass(kw_only=True)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import NoneType, UnionType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import docstring_parser
 
@@ -33,7 +33,7 @@ def conforms(value: Any, kind: Any) -> bool:
     """Return whether a value has exactly a field's type; a float may be an int, and is finite."""
     arguments = get_args(kind)
     origin = get_origin(kind)
-    if origin is UnionType:
+    if origin in (Union, UnionType):
         return any(conforms(value, argument) for argument in arguments)
     if origin is Literal:
         return value in arguments
@@ -55,7 +55,7 @@ def describe(kind: Any) -> str:
     """Return a field's type in the words of a message."""
     arguments = get_args(kind)
     origin = get_origin(kind)
-    if origin is UnionType:
+    if origin in (Union, UnionType):
         return " or ".join(describe(argument) for argument in arguments)
     if origin is Literal:
         return "one of " + ", ".join(repr(argument) for argument in arguments)

@@ -1,5 +1,7 @@
 """A Qwen3 on Megatron-Core, its weights taken straight from a Hugging Face folder."""
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, cast
 
 import torch
@@ -15,6 +17,7 @@ from poweropd_megatron.config.schema import DType, ParallelConfig
 from poweropd_megatron.models import hf_weights
 from poweropd_megatron.models.hf_folder import HFFolder
 from poweropd_megatron.models.layers import RMSNorm, RowRotaryEmbedding, SDPACoreAttention
+from poweropd_megatron.models.megatron_settings import fields_of
 from poweropd_megatron.models.moe import moe_settings, use_shared_moe_layer
 from poweropd_megatron.models.qwen3 import Qwen3Config
 from poweropd_megatron.parallel.layout import Layout
@@ -33,15 +36,17 @@ def padded_vocab_size(vocab_size: int, tp_size: int) -> int:
 
 
 def transformer_config(
-    model: Qwen3Config, parallel: ParallelConfig, dtype: DType
+    model: Qwen3Config, parallel: ParallelConfig, dtype: DType, megatron: Mapping[str, Any]
 ) -> TransformerConfig:
-    """Return Megatron's configuration of a Qwen3.
+    """Return Megatron's configuration of a Qwen3, with the fields that the user gave by name.
 
     Attention and MLP have no bias and no dropout; losses are summed over tokens, to be divided once
     by the global count; pipeline stages exchange the shape of each micro-batch, so that each has
-    its own length.
+    its own length. The interleaved schedule of a virtual pipeline sends without batching: in a
+    batch, two stages couldn't tell what they send each other forward from what they send back.
     """
     torch_dtype = TORCH_DTYPES[dtype]
+    is_interleaved = parallel.virtual_pipeline_model_parallel_size is not None
     experts: dict[str, Any] = {}
     if model.experts is not None:
         experts = moe_settings(
@@ -67,6 +72,9 @@ def transformer_config(
         bf16=dtype == "bf16",
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
+        overlap_p2p_comm=is_interleaved,
+        batch_p2p_comm=not is_interleaved,
         sequence_parallel=parallel.sequence_parallel,
         variable_seq_lengths=True,
         moe_token_dispatcher_type="alltoall",  # the default refuses variable_seq_lengths
@@ -79,6 +87,7 @@ def transformer_config(
         masked_softmax_fusion=False,
         apply_rope_fusion=False,
         **experts,
+        **fields_of(TransformerConfig, megatron),
     )
 
 
@@ -89,25 +98,59 @@ def build_model(
     folder: str,
     dtype: DType,
     setting: str,
+    megatron: Mapping[str, Any] = MappingProxyType({}),
 ) -> list[GPTModel]:
-    """Return this rank's model chunks, with weights loaded. Called by all ranks.
+    """Return this rank's model chunks, in pipeline order, with weights loaded. Called by all ranks.
+
+    A rank has one chunk; with a virtual pipeline it has one of each round through the stages.
 
     Raises: InputError on all ranks if the folder's tensors don't fit its config.json.
     Cost: each rank reads its own slices; no collective but the tied embedding's in GPTModel and
     one to agree on errors.
     """
-    config = transformer_config(model, layout.parallel, dtype)
+    config = transformer_config(model, layout.parallel, dtype, megatron)
+    rounds = config.virtual_pipeline_model_parallel_size
+    chunks = [
+        _build_chunk(model, config, layout, vp_stage=vp_stage)
+        for vp_stage in ([None] if rounds is None else range(rounds))
+    ]
+
+    def load() -> None:
+        for chunk in chunks:
+            hf_weights.load(
+                chunk.named_parameters(),
+                hf_weights.weights_of(
+                    model, layer_numbers(chunk), ep_rank=layout.ep_rank, ep_size=layout.ep_size
+                ),
+                HFFolder(folder, setting=setting),
+                vocab_size=model.vocab_size,
+                tp_rank=layout.tp_rank,
+                tp_size=layout.tp_size,
+            )
+
+    agreed(load)
+    return chunks
+
+
+def _build_chunk(
+    model: Qwen3Config, config: TransformerConfig, layout: Layout, *, vp_stage: int | None
+) -> GPTModel:
+    is_first = vp_stage in (None, 0)
+    is_last = vp_stage is None or vp_stage == config.virtual_pipeline_model_parallel_size - 1
     chunk = GPTModel(
         config,
-        _block_spec(config, get_num_layers_to_build(config, pp_rank=layout.pp_rank)),
+        _block_spec(
+            config, get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=layout.pp_rank)
+        ),
         vocab_size=padded_vocab_size(model.vocab_size, layout.tp_size),
         max_sequence_length=model.max_position_embeddings,
-        pre_process=layout.is_first_stage,
-        post_process=layout.is_last_stage,
+        pre_process=layout.is_first_stage and is_first,
+        post_process=layout.is_last_stage and is_last,
         share_embeddings_and_output_weights=model.tie_word_embeddings,
         position_embedding_type="rope",
         rotary_base=cast(int, model.rotary_base),
         pg_collection=layout.groups,
+        vp_stage=vp_stage,
     )
     chunk.rotary_pos_emb = RowRotaryEmbedding(
         kv_channels=model.kv_channels,
@@ -116,20 +159,7 @@ def build_model(
         use_cpu_initialization=config.use_cpu_initialization,
         cp_group=layout.groups.cp,
     )
-    chunk.to(layout.device)
-    agreed(
-        lambda: hf_weights.load(
-            chunk.named_parameters(),
-            hf_weights.weights_of(
-                model, layer_numbers(chunk), ep_rank=layout.ep_rank, ep_size=layout.ep_size
-            ),
-            HFFolder(folder, setting=setting),
-            vocab_size=model.vocab_size,
-            tp_rank=layout.tp_rank,
-            tp_size=layout.tp_size,
-        )
-    )
-    return [chunk]
+    return chunk.to(layout.device)
 
 
 def layer_numbers(chunk: GPTModel) -> list[int]:

@@ -16,7 +16,7 @@ VISIBLE_MULTIPLE = 64
 
 
 class KVCache:
-    """The cache of one model chunk: a LayerCache per layer, and the length of each row.
+    """The cache of a rank's model chunks: a LayerCache per layer, and the length of each row.
 
     What a decoding step reads and writes keeps its place in memory, and its shape while `visible`
     and the rows stay the same: such a step can be recorded and replayed.
@@ -101,12 +101,12 @@ def _grown(cache_BHLD: Tensor, length: int) -> Tensor:
 
 
 @contextmanager
-def attached(chunks: Sequence[Any], caches: Sequence[KVCache]) -> Iterator[None]:
-    """Let the core attentions of model chunks use these caches inside the block."""
+def attached(chunks: Sequence[Any], cache: KVCache) -> Iterator[None]:
+    """Let the core attentions of a rank's model chunks use this cache inside the block."""
+    layers = [layer for chunk in chunks for layer in chunk.decoder.layers]
     attentions = [
         (layer.self_attention.core_attention, layer_cache)
-        for chunk, cache in zip(chunks, caches, strict=True)
-        for layer, layer_cache in zip(chunk.decoder.layers, cache.layers, strict=True)
+        for layer, layer_cache in zip(layers, cache.layers, strict=True)
     ]
     for attention, layer_cache in attentions:
         attention.cache = layer_cache

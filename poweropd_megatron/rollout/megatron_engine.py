@@ -4,14 +4,12 @@ Shapes: B sequences decoded together, S positions of the longest prompt, Vp voca
 this rank.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
-from megatron.core.transformer.utils import set_model_to_sequence_parallel
 from torch import Tensor
 
 from poweropd_megatron.models.finite import check_finite
@@ -20,6 +18,7 @@ from poweropd_megatron.models.scoring import NextToken, next_token_logits
 from poweropd_megatron.parallel.layout import Layout
 from poweropd_megatron.parallel.pipeline import forward_stage
 from poweropd_megatron.parallel.world import most_rows, own_rows
+from poweropd_megatron.rollout.decode_mode import decoding_mode, set_positions
 from poweropd_megatron.rollout.decode_step import DecodeStep
 from poweropd_megatron.rollout.responses import Responses
 from poweropd_megatron.rollout.sampling import Sampling, draw_tokens, uniforms
@@ -39,7 +38,7 @@ class MegatronRolloutEngine:
 
     def __init__(
         self,
-        chunk: GPTModel,
+        chunks: Sequence[GPTModel],
         layout: Layout,
         *,
         vocab_size: int,
@@ -49,7 +48,7 @@ class MegatronRolloutEngine:
         seed: int,
         cuda_graph: bool,
     ) -> None:
-        self._chunk = chunk
+        self._chunks = chunks
         self._layout = layout
         self._vocab_size = vocab_size
         self._stop_token_ids = torch.tensor(sorted(stop_token_ids))
@@ -57,7 +56,7 @@ class MegatronRolloutEngine:
         self._logits_dtype = logits_dtype
         self._seed = seed
         # Tokens for experts are counted on the CPU before each exchange: no graph can do that.
-        has_experts = chunk.config.num_moe_experts is not None
+        has_experts = chunks[0].config.num_moe_experts is not None
         self._with_graph = (
             cuda_graph and layout.device.type == "cuda" and layout.pp_size == 1 and not has_experts
         )
@@ -83,7 +82,7 @@ class MegatronRolloutEngine:
         rows = own_rows(len(prompts), rank=layout.dp_rank, size=layout.dp_size)
         most = most_rows(len(prompts), ranks=layout.copies_in_step, size=layout.dp_size)
         responses = Responses.empty(len(rows), sampling.max_new_tokens)
-        with self._decoding_mode():
+        with decoding_mode(self._chunks, layout):
             for start in range(0, most, self._micro_batch_size):
                 part = torch.arange(len(rows))[start : start + self._micro_batch_size]
                 own_prompts = [prompts[i] for i in rows[part].tolist()]
@@ -96,29 +95,6 @@ class MegatronRolloutEngine:
             may_be_impossible=True,
         )
         return trajectories
-
-    @contextmanager
-    def _decoding_mode(self) -> Iterator[None]:
-        """Put the model into evaluation, without sequence parallelism: a step has one position.
-
-        Without cuDNN's attention, too: over a masked cache it was seen to give other bits in a
-        second run.
-        """
-        was_training = self._chunk.training
-        sequence_parallel = self._layout.parallel.sequence_parallel
-        with_cudnn = torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
-        torch.backends.cuda.enable_cudnn_sdp(False)
-        self._chunk.eval()
-        if sequence_parallel:
-            set_model_to_sequence_parallel(self._chunk, False)
-        try:
-            yield
-        finally:
-            self._chunk.rotary_pos_emb.positions_B = None
-            if sequence_parallel:
-                set_model_to_sequence_parallel(self._chunk, True)
-            self._chunk.train(was_training)
-            torch.backends.cuda.enable_cudnn_sdp(with_cudnn)
 
     def _decode(
         self,
@@ -149,9 +125,9 @@ class MegatronRolloutEngine:
                 ]
             )
         )
-        self._chunk.rotary_pos_emb.positions_B = None
-        cache = KVCache(len(self._chunk.decoder.layers), lengths_B)
-        with attached([self._chunk], [cache]):
+        set_positions(self._chunks, None)
+        cache = KVCache(sum(len(chunk.decoder.layers) for chunk in self._chunks), lengths_B)
+        with attached(self._chunks, cache):
             logits = self._forward(token_ids, last_position_B=lengths_B - 1)
             decode_step = self._decode_step(cache)
             for step in range(sampling.max_new_tokens):
@@ -177,7 +153,7 @@ class MegatronRolloutEngine:
     def _forward(self, token_ids_BS: Tensor, *, last_position_B: Tensor) -> Tensor | None:
         """Return the logits of the token after each row's last position, [B, Vp]."""
         logits: Tensor | None = forward_stage(
-            self._chunk,
+            self._chunks,
             self._layout,
             token_ids_BS,
             output_processor=next_token_logits,
@@ -193,7 +169,7 @@ class MegatronRolloutEngine:
         """Return what puts one more token on each row."""
 
         def forward(token_ids_B1: Tensor) -> Tensor | None:
-            self._chunk.rotary_pos_emb.positions_B = cache.positions_B
+            set_positions(self._chunks, cache.positions_B)
             return self._forward(token_ids_B1, last_position_B=torch.zeros_like(cache.positions_B))
 
         return DecodeStep(forward, cache, with_graph=self._with_graph)

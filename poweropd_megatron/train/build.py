@@ -35,7 +35,7 @@ def build_run(config: TrainConfig, inputs: RunInputs, device: torch.device) -> R
     logits_dtype = config.objective.logits_dtype
     teacher = Teacher(config.teacher, inputs.teacher, frozen_layout, logits_dtype=logits_dtype)
     engine = MegatronRolloutEngine(
-        student.chunk,
+        student.chunks,
         layout,
         vocab_size=inputs.student.vocab_size,
         stop_token_ids=inputs.tokenizer.eos_token_ids,

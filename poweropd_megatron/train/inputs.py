@@ -40,6 +40,11 @@ def read_inputs(config: TrainConfig, *, world_size: int) -> RunInputs:
     rules.check(config, world_size)
     _check_kernels()
     check_place(config)
+    if config.student.megatron or config.teacher.megatron:
+        # Megatron takes seconds to import.
+        from poweropd_megatron.models.megatron_settings import check_megatron_settings
+
+        check_megatron_settings(config)
     models = {}
     for name, part in (("student", config.student), ("teacher", config.teacher)):
         setting = f"{name}.path"
@@ -48,6 +53,7 @@ def read_inputs(config: TrainConfig, *, world_size: int) -> RunInputs:
         rules.check_model_layout(
             "student" if name == "student" else "teacher",
             part.parallel,
+            part.megatron,
             num_layers=model.num_layers,
             num_attention_heads=model.num_attention_heads,
             num_query_groups=model.num_query_groups,

@@ -9,11 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from megatron.core.distributed import (
-    DistributedDataParallel,
-    DistributedDataParallelConfig,
-    finalize_model_grads,
-)
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -22,6 +18,7 @@ from torch import Tensor
 from poweropd_megatron.config.schema import TrainConfig
 from poweropd_megatron.models.build import TORCH_DTYPES, build_model
 from poweropd_megatron.models.finite import check_finite
+from poweropd_megatron.models.megatron_settings import fields_of
 from poweropd_megatron.models.qwen3 import Qwen3Config
 from poweropd_megatron.models.scoring import RewardedTokens, policy_gradient_of_chosen
 from poweropd_megatron.objectives.labels import Labels
@@ -31,6 +28,7 @@ from poweropd_megatron.parallel.layout import Layout
 from poweropd_megatron.parallel.world import share_rows
 from poweropd_megatron.rollout.trajectories import Trajectories
 from poweropd_megatron.train.batching import Batching
+from poweropd_megatron.train.ddp import finish_param_gather, start_param_gather, wrap
 from poweropd_megatron.train.microbatches import MicroBatch, cut_batch, rows_of
 
 _ADVICE = (
@@ -62,30 +60,32 @@ class Student:
         """
         self.layout = layout
         self.vocab_size = model.vocab_size
-        self.batching = Batching.of(
-            layout,
-            micro_batch_size=config.micro_batch_size,
-            max_tokens_per_microbatch=config.max_tokens_per_microbatch,
-        )
         self._head = config.objective.head
         self._logits_dtype = TORCH_DTYPES[config.objective.logits_dtype]
-        [self.chunk] = build_model(
+        self.chunks = build_model(
             model,
             layout,
             folder=config.student.path,
             dtype=config.student.dtype,
             setting="student.path",
+            megatron=config.student.megatron,
         )
-        self.chunk.config.finalize_model_grads_func = finalize_model_grads
-        self._ddp = DistributedDataParallel(
-            self.chunk.config,
-            DistributedDataParallelConfig(
-                use_distributed_optimizer=config.optimizer.use_distributed_optimizer,
-                grad_reduce_in_fp32=True,
-            ),
-            self.chunk,
+        schedule = self.chunks[0].config
+        self.batching = Batching.of(
+            layout,
+            micro_batch_size=config.micro_batch_size,
+            max_tokens_per_microbatch=config.max_tokens_per_microbatch,
+            num_microbatches_multiple=schedule.microbatch_group_size_per_vp_stage
+            if len(self.chunks) > 1
+            else 1,
         )
-        self.optimizer, self.schedule = _build_optimizer(config, self._ddp)
+        self._ddps = wrap(self.chunks, config)
+        self.optimizer, self.schedule = _build_optimizer(config, self._ddps)
+        start_param_gather(self._ddps)
+
+    def finish_param_gather(self) -> None:
+        """Wait for the weights that are still on their way; before they are saved or replaced."""
+        finish_param_gather(self._ddps)
 
     def update(
         self,
@@ -105,14 +105,15 @@ class Student:
         micro_batches = cut_batch(
             trajectories, labels.mask_BT, self.batching, dp_rank=self.layout.dp_rank
         )
-        self._ddp.zero_grad_buffer()
+        for ddp in self._ddps:
+            ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
         results = get_forward_backward_func()(
             forward_step_func=partial(
                 self._forward_step, labels=labels, teacher_logp_BT=teacher_logp_BT, reward=reward
             ),
-            data_iterator=iter(micro_batches),
-            model=[self._ddp],
+            data_iterator=[iter(micro_batches) for _ in self._ddps],
+            model=self._ddps,
             num_microbatches=len(micro_batches),
             seq_length=trajectories.token_ids_BT.shape[1],
             micro_batch_size=self.batching.micro_batch_size,
@@ -125,6 +126,7 @@ class Student:
         check_finite("gradient norm", norm, _ADVICE)
         learning_rate = self.optimizer.param_groups[0]["lr"]
         _, grad_norm, _ = self.optimizer.step()
+        start_param_gather(self._ddps)
         self.schedule.step(increment=1)
         return StudentOutcome(
             logp_BT=logp_BT,
@@ -198,7 +200,7 @@ class Student:
 
 
 def _build_optimizer(
-    config: TrainConfig, ddp: DistributedDataParallel
+    config: TrainConfig, ddps: list[DistributedDataParallel]
 ) -> tuple[Any, OptimizerParamScheduler]:
     settings = config.optimizer
     optimizer = get_megatron_optimizer(
@@ -214,8 +216,9 @@ def _build_optimizer(
             bf16=config.student.dtype == "bf16",
             params_dtype=TORCH_DTYPES[config.student.dtype],
             use_distributed_optimizer=settings.use_distributed_optimizer,
+            **fields_of(OptimizerConfig, config.student.megatron),
         ),
-        [ddp],
+        ddps,
     )
     schedule = OptimizerParamScheduler(
         optimizer,

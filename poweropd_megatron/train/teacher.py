@@ -36,10 +36,16 @@ class Teacher:
             micro_batch_size=config.micro_batch_size,
             max_tokens_per_microbatch=config.max_tokens_per_microbatch,
         )
-        [self._chunk] = build_model(
-            model, layout, folder=config.path, dtype=config.dtype, setting="teacher.path"
+        self._chunks = build_model(
+            model,
+            layout,
+            folder=config.path,
+            dtype=config.dtype,
+            setting="teacher.path",
+            megatron=config.megatron,
         )
-        self._chunk.eval().requires_grad_(False)
+        for chunk in self._chunks:
+            chunk.eval().requires_grad_(False)
 
     @torch.no_grad()
     def score(self, trajectories: Trajectories, labels: Labels) -> Tensor:
@@ -57,7 +63,7 @@ class Teacher:
         )
         for micro_batch in micro_batches:
             logp_N = forward_stage(
-                self._chunk,
+                self._chunks,
                 layout,
                 micro_batch.token_ids_RS,
                 packed_seq_params=micro_batch.packed_seq_params,

@@ -53,7 +53,7 @@ def decode_on_ranks(
         data=DataConfig(train_files=["unused"]),
     )
     engine = MegatronRolloutEngine(
-        Student(config, model, layout).chunk,
+        Student(config, model, layout).chunks,
         layout,
         vocab_size=model.vocab_size,
         stop_token_ids=STOP_TOKENS,

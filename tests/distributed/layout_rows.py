@@ -1,17 +1,25 @@
 """Short ways to write a row of the table of layouts."""
 
+from typing import Any
+
 from training import Row
 
 from poweropd_megatron.config.schema import ParallelConfig
 
 
 def parallel(
-    tensor: int = 1, pipeline: int = 1, *, expert: int = 1, sequence: bool = False
+    tensor: int = 1,
+    pipeline: int = 1,
+    *,
+    virtual: int | None = None,
+    expert: int = 1,
+    sequence: bool = False,
 ) -> ParallelConfig:
     return ParallelConfig(
         tensor_model_parallel_size=tensor,
         pipeline_model_parallel_size=pipeline,
         expert_model_parallel_size=expert,
+        virtual_pipeline_model_parallel_size=virtual,
         sequence_parallel=sequence,
     )
 
@@ -25,6 +33,7 @@ def row(
     micro_batch_size: int = 2,
     max_tokens_per_microbatch: int | None = None,
     use_distributed_optimizer: bool = True,
+    **megatron: Any,
 ) -> Row:
     """Return a row whose teacher has the student's layout unless it is given its own."""
     return Row(
@@ -35,6 +44,7 @@ def row(
         micro_batch_size=micro_batch_size,
         max_tokens_per_microbatch=max_tokens_per_microbatch,
         use_distributed_optimizer=use_distributed_optimizer,
+        megatron=megatron,
     )
 
 

@@ -37,8 +37,12 @@ class Place:
     model_ranks: list[int]
 
 
-def parallel(tensor: int, pipeline: int) -> ParallelConfig:
-    return ParallelConfig(tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline)
+def parallel(tensor: int, pipeline: int, virtual: int | None = None) -> ParallelConfig:
+    return ParallelConfig(
+        tensor_model_parallel_size=tensor,
+        pipeline_model_parallel_size=pipeline,
+        virtual_pipeline_model_parallel_size=virtual,
+    )
 
 
 def place_of(layout: Layout) -> Place:
@@ -209,10 +213,12 @@ def run_stages(
     cpu_device.install()
     layout = student_layout(layout_config, CPU, seed=1)
     model = Qwen3Config.from_folder(folder, setting="student.path")
-    [chunk] = build_model(model, layout, folder=folder, dtype="fp32", setting="student.path")
+    chunks = build_model(model, layout, folder=folder, dtype="fp32", setting="student.path")
+    for chunk in chunks:
+        chunk.eval()
     return [
         forward_stage(
-            chunk.eval(),
+            chunks,
             layout,
             token_ids_BS,
             output_processor=hidden_states,
@@ -223,10 +229,16 @@ def run_stages(
 
 
 @pytest.mark.parametrize(
-    ("world_size", "tensor", "pipeline"), [(2, 1, 2), (4, 2, 2), (4, 1, 4), (4, 1, 2)]
+    ("world_size", "tensor", "pipeline", "virtual"),
+    [(2, 1, 2, None), (4, 2, 2, None), (4, 1, 4, None), (4, 1, 2, None), (2, 1, 2, 2)],
 )
 def test_a_forward_through_stages_is_that_of_one_process_on_the_last_stage_alone(
-    world_size: int, tensor: int, pipeline: int, folders: dict[str, str], ranks: RankPool
+    world_size: int,
+    tensor: int,
+    pipeline: int,
+    virtual: int | None,
+    folders: dict[str, str],
+    ranks: RankPool,
 ) -> None:
     generator = torch.Generator().manual_seed(3)
     batches = [
@@ -235,7 +247,7 @@ def test_a_forward_through_stages_is_that_of_one_process_on_the_last_stage_alone
     folder = folders["student-untied"]
     [expected] = ranks.run(run_stages, parallel(1, 1), folder, batches, world_size=1)
     by_rank = ranks.run(
-        run_stages, parallel(tensor, pipeline), folder, batches, world_size=world_size
+        run_stages, parallel(tensor, pipeline, virtual), folder, batches, world_size=world_size
     )
     for rank, outcomes in enumerate(by_rank):
         if not expected_place(rank, world_size, tensor, pipeline).is_last_stage:

@@ -1,6 +1,7 @@
 """Every parallel layout trains like plain fp64 torch: log-probs, loss, gradients, weights."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +23,21 @@ from training import (
 TOLERANCE = 1e-5
 """Norm of the difference over norm of the reference; fp32 rounding comes to 3e-6 here."""
 
+OVERLAPPED = {"overlap_grad_reduce": True, "overlap_param_gather": True}
+COUNTED = {
+    "account_for_embedding_in_pipeline_split": True,
+    "account_for_loss_in_pipeline_split": True,
+}
+
+
+def recompute(granularity: str, method: str, num_layers: int) -> dict[str, Any]:
+    return {
+        "recompute_granularity": granularity,
+        "recompute_method": method,
+        "recompute_num_layers": num_layers,
+    }
+
+
 ROWS = [
     ONE_PROCESS,
     row("TP2", 2, parallel(2)),
@@ -34,10 +50,49 @@ ROWS = [
     row("TP2xPP2+SP", 4, parallel(2, 2, sequence=True)),
     row("student-TP2-teacher-PP2", 2, parallel(2), parallel(1, 2)),
     row("student-PP2-teacher-TP2", 2, parallel(1, 2), parallel(2)),
+    row("student-PP4-teacher-TP2xDP2", 4, parallel(1, 4), parallel(2)),
+    row("PP2xVPP2", 2, parallel(1, 2, virtual=2), parallel(1, 2)),
+    row("PP3-embedding-and-loss-counted", 3, parallel(1, 3), parallel(), **COUNTED),
+    row(
+        "PP2xVPP2xDP2-overlapped",
+        4,
+        parallel(1, 2, virtual=2),
+        parallel(2, 2),
+        micro_batch_size=1,
+        **OVERLAPPED,
+    ),
 ]
 ROWS_UNTIED_ONLY = [
     row("student-DP2-teacher-TP2", 2, parallel(), parallel(2)),
-    row("student-PP4-teacher-TP2xDP2", 4, parallel(1, 4), parallel(2)),
+    row("TP2xPP2xVPP2+SP", 4, parallel(2, 2, virtual=2, sequence=True), parallel(2, 2)),
+    row("PP2-1-and-3-layers", 2, parallel(1, 2), num_layers_in_first_pipeline_stage=1),
+    row("DP2-overlapped", 2, parallel(), bucket_size=9000, **OVERLAPPED),
+    row("DP2-overlap-grad-reduce", 2, parallel(), overlap_grad_reduce=True, num_buckets=3),
+    row("recompute-full", 1, parallel(), **recompute("full", "uniform", 2)),
+    row("recompute-selective", 1, parallel(), recompute_granularity="selective"),
+    row(
+        "TP2+SP-recompute-mlp",
+        2,
+        parallel(2, sequence=True),
+        recompute_granularity="selective",
+        recompute_modules=["core_attn", "mlp"],
+    ),
+    row(
+        "TP2xPP2-recompute-block",
+        4,
+        parallel(2, 2),
+        **recompute("full", "block", 1),
+        distribute_saved_activations=True,
+    ),
+    row(
+        "PP2xVPP2-groups-of-3",
+        2,
+        parallel(1, 2, virtual=2),
+        parallel(1, 2),
+        micro_batch_size=1,
+        microbatch_group_size_per_vp_stage=3,
+        **recompute("full", "uniform", 1),
+    ),
     row("DP2-plain-optimizer", 2, parallel(), use_distributed_optimizer=False),
     row("PP2-micro-batch-1", 2, parallel(1, 2), micro_batch_size=1),
     row("PP2-micro-batch-4", 2, parallel(1, 2), micro_batch_size=4),
@@ -52,6 +107,35 @@ ROWS_UNTIED_ONLY = [
     row("TP2+SP-packed", 2, parallel(2, sequence=True), max_tokens_per_microbatch=20),
     row("PP2-packed", 2, parallel(1, 2), max_tokens_per_microbatch=20),
     row("TP2xPP2+SP-packed", 4, parallel(2, 2, sequence=True), max_tokens_per_microbatch=20),
+    row(
+        "PP2xVPP2-packed",
+        2,
+        parallel(1, 2, virtual=2),
+        parallel(1, 2),
+        max_tokens_per_microbatch=10,
+    ),
+    row(
+        "PP2xVPP2xDP2-packed",
+        4,
+        parallel(1, 2, virtual=2),
+        parallel(1, 2),
+        max_tokens_per_microbatch=20,
+    ),
+    row(
+        "TP2+SP-packed-recompute-full",
+        2,
+        parallel(2, sequence=True),
+        max_tokens_per_microbatch=20,
+        **recompute("full", "uniform", 2),
+    ),
+    row(
+        "packed-recompute-attention",
+        1,
+        parallel(),
+        max_tokens_per_microbatch=20,
+        recompute_granularity="selective",
+        recompute_modules=["core_attn"],
+    ),
     row(
         "student-PP2xDP2-teacher-TP2xDP2+SP-packed",
         4,

@@ -26,6 +26,20 @@ LAYOUTS = {
         ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2),
     ),
     "PP2xDP2": (4, ParallelConfig(pipeline_model_parallel_size=2)),
+    "PP4": (4, ParallelConfig(pipeline_model_parallel_size=4)),
+    "PP2xVPP2": (
+        2,
+        ParallelConfig(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2),
+    ),
+    "TP2xPP2xVPP2+SP": (
+        4,
+        ParallelConfig(
+            tensor_model_parallel_size=2,
+            pipeline_model_parallel_size=2,
+            virtual_pipeline_model_parallel_size=2,
+            sequence_parallel=True,
+        ),
+    ),
 }
 LAYOUTS_OF_EXPERTS = {
     "one-process": (1, parallel()),

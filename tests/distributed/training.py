@@ -3,9 +3,10 @@
 Shapes: B sequences, T tokens, U updates.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import chain
 from typing import Any, Literal
 
 import torch
@@ -64,6 +65,8 @@ class Row:
     max_tokens_per_microbatch: int | None = None
     use_distributed_optimizer: bool = True
     head: Literal["fused", "recompute", "materialized"] = "fused"
+    megatron: dict[str, Any] = field(default_factory=dict)
+    """student.megatron."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +126,7 @@ class Models:
 
     def gather(self, value_of: Callable[[Any], Tensor]) -> dict[str, list[Tensor]]:
         """Return every copy of the student's tensors, see whole_tensors."""
-        return whole_tensors(self.student.chunk, self.student.layout, self.student_model, value_of)
+        return whole_tensors(self.student.chunks, self.student.layout, self.student_model, value_of)
 
 
 def build_models(
@@ -142,7 +145,9 @@ def build_models(
         global_batch_size=5,
         micro_batch_size=row.micro_batch_size,
         max_tokens_per_microbatch=row.max_tokens_per_microbatch,
-        student=StudentConfig(path=student_folder, dtype=dtype, parallel=row.student),
+        student=StudentConfig(
+            path=student_folder, dtype=dtype, parallel=row.student, megatron=row.megatron
+        ),
         teacher=TeacherConfig(
             path=teacher_folder,
             dtype=dtype,
@@ -179,20 +184,24 @@ def update_on_ranks(
     """Return what this rank saw of the updates in a layout."""
     models = build_models(row, student_folder, teacher_folder, dtype, OPTIMIZER, trajectories)
     student = models.student
-    finalize_model_grads = student.chunk.config.finalize_model_grads_func
+    schedule = student.chunks[0].config
+    finalize_model_grads = schedule.finalize_model_grads_func
     gradients: list[dict[str, list[Tensor]]] = []
 
     def finalize_and_record(model: list[Any], *args: Any, **kwargs: Any) -> None:
         finalize_model_grads(model, *args, **kwargs)
         if row.use_distributed_optimizer:
-            _gather_shares(model[0].buffers, student.layout.groups.dp)
-            _gather_shares(model[0].expert_parallel_buffers, student.layout.groups.expt_dp)
+            _gather_shares((ddp.buffers for ddp in model), student.layout.groups.dp)
+            _gather_shares(
+                (ddp.expert_parallel_buffers for ddp in model), student.layout.groups.expt_dp
+            )
         gradients.append(models.gather(lambda weight: weight.main_grad))
 
-    student.chunk.config.finalize_model_grads_func = finalize_and_record
+    schedule.finalize_model_grads_func = finalize_and_record
     _roll_out(student)
     teacher_logp_BT = models.teacher.score(models.trajectories, models.labels)
     outcomes = [models.update(teacher_logp_BT) for _ in range(NUM_UPDATES)]
+    student.finish_param_gather()
     weights = models.gather(lambda weight: weight)
     logp_UBT = torch.stack([outcome.logp_BT for outcome in outcomes])
     return Measured(
@@ -210,7 +219,7 @@ def update_on_ranks(
 def _roll_out(student: Student) -> None:
     """Generate a little, as a run does before each update: that must leave nothing behind."""
     engine = MegatronRolloutEngine(
-        student.chunk,
+        student.chunks,
         student.layout,
         vocab_size=student.vocab_size,
         stop_token_ids=[],
@@ -225,17 +234,31 @@ def _roll_out(student: Student) -> None:
 
 
 def whole_tensors(
-    chunk: GPTModel, layout: Layout, model: Qwen3Config, value_of: Callable[[Any], Tensor]
+    chunks: Sequence[GPTModel],
+    layout: Layout,
+    model: Qwen3Config,
+    value_of: Callable[[Any], Tensor],
 ) -> dict[str, list[Tensor]]:
     """Return every copy of each tensor under its Hugging Face name, put together from all ranks.
 
     Under "padding": the rows beyond the vocabulary.
     """
-    rows = weights_of(model, layer_numbers(chunk), ep_rank=layout.ep_rank, ep_size=layout.ep_size)
-    weights = {weight.megatron: weight for weight in rows}
+    rows = [
+        (weights[name], parameter)
+        for chunk in chunks
+        for weights in [
+            {
+                weight.megatron: weight
+                for weight in weights_of(
+                    model, layer_numbers(chunk), ep_rank=layout.ep_rank, ep_size=layout.ep_size
+                )
+            }
+        ]
+        for name, parameter in chunk.named_parameters()
+    ]
     own: list[tuple[str, Tensor]] = []
-    for name, parameter in chunk.named_parameters():
-        weight, value = weights[name], value_of(parameter).detach().clone()
+    for weight, parameter in rows:
+        value = value_of(parameter).detach().clone()
         if weight.is_expert:
             own += to_hugging_face(weight, [value], vocab_size=model.vocab_size)
             continue
@@ -254,9 +277,9 @@ def whole_tensors(
     return whole
 
 
-def _gather_shares(buffers: list[Any], dp_group: dist.ProcessGroup) -> None:
+def _gather_shares(buffers: Iterable[list[Any]], dp_group: dist.ProcessGroup) -> None:
     """Complete the gradients, of which the distributed optimizer leaves each rank a share."""
-    for buffer in buffers:
+    for buffer in chain.from_iterable(buffers):
         for bucket in buffer.buckets:
             shares = list(bucket.grad_data.chunk(dist.get_world_size(dp_group)))
             dist.all_gather(shares, shares[dist.get_rank(dp_group)].clone(), group=dp_group)

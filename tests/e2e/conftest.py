@@ -88,6 +88,15 @@ def resumed_one(runs: Path, killed_one: Path) -> RunFolder:
 
 
 @pytest.fixture(scope="session")
+def vpp2(runs: Path) -> RunFolder:
+    """Return the run on two stages of two chunks each."""
+    virtual = "--student.parallel.virtual_pipeline_model_parallel_size=2"
+    arguments = settings(runs / "vpp2", virtual, pp=2)
+    ended = train(arguments, world_size=2).expect(0)
+    return RunFolder(folder=runs / "vpp2", arguments=arguments, ended=ended)
+
+
+@pytest.fixture(scope="session")
 def bf16(runs: Path) -> RunFolder:
     """Return a run of two steps in one process, in bf16, of a student whose folder is in fp32."""
     arguments = settings(

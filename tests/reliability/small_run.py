@@ -48,7 +48,7 @@ def state_of(run: Run) -> dict[str, Any]:
     """
     [part] = run.student.optimizer.chained_optimizers
     state: dict[str, Any] = {
-        f"weight {name}": tensor for name, tensor in run.student.chunk.named_parameters()
+        f"weight {name}": tensor for name, tensor in run.student.chunks[0].named_parameters()
     }
     parameters = [tensor for group in part.optimizer.param_groups for tensor in group["params"]]
     for number, parameter in enumerate(parameters):

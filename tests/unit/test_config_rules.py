@@ -73,6 +73,7 @@ def test_every_number_has_a_range():
 
 OUTSIDE = {
     "at least 1": (0, -3),
+    "at least 2, or not set": (1, 0, -2),
     "at least 0": (-1, -1e-9, math.inf, math.nan),
     "at least 0 and less than 2**31": (-1, 2**31),
     "greater than 0 and at most 100000": (0, -1.0, 100_001, math.inf, math.nan),
@@ -84,6 +85,7 @@ OUTSIDE = {
 }
 INSIDE = {
     "at least 1": (1,),
+    "at least 2, or not set": (),
     "at least 0": (0,),
     "at least 0 and less than 2**31": (0, 2**31 - 1),
     "greater than 0 and at most 100000": (1e-12, 100_000),
@@ -148,6 +150,11 @@ def test_the_power_reward_needs_a_positive_alpha(alpha):
             "teacher.parallel.tensor_model_parallel_size > 1, not 1",
         ),
         (
+            {"student.parallel.virtual_pipeline_model_parallel_size": 2},
+            "student.parallel.virtual_pipeline_model_parallel_size = 2 needs "
+            "student.parallel.pipeline_model_parallel_size > 1, not 1: raise it, or leave out",
+        ),
+        (
             {"eval.interval": 7},
             "eval.interval = 7 needs data.eval_files, which is empty: name the files there, or set "
             "eval.interval = 0",
@@ -185,6 +192,10 @@ def test_a_combination_that_cannot_work_names_settings_values_and_fix(changes, w
         {
             "student.parallel.sequence_parallel": True,
             "student.parallel.tensor_model_parallel_size": 2,
+        },
+        {
+            "student.parallel.virtual_pipeline_model_parallel_size": 2,
+            "student.parallel.pipeline_model_parallel_size": 2,
         },
     ],
 )
@@ -273,12 +284,12 @@ SHAPE = {
         ((1, 3), "pipeline_model_parallel_size = 3 must divide the student's layers (28); 1, 2, 4"),
     ],
 )
-def test_a_layout_must_cut_the_model_into_equal_parts(sizes, words):
+def test_a_layout_must_be_able_to_cut_the_model(sizes, words):
     parallel = ParallelConfig(
         tensor_model_parallel_size=sizes[0], pipeline_model_parallel_size=sizes[1]
     )
     with pytest.raises(ConfigError) as caught:
-        check_model_layout("student", parallel, **SHAPE)
+        check_model_layout("student", parallel, {}, **SHAPE)
     assert words in str(caught.value)
     assert str(caught.value).startswith("student.parallel.")
 
@@ -288,8 +299,8 @@ def test_the_feed_forward_size_must_divide_too():
     with pytest.raises(
         ConfigError, match=r"teacher\.parallel.*feed-forward size \(6145\); 1 would"
     ):
-        check_model_layout("teacher", parallel, **{**SHAPE, "ffn_hidden_size": 6145})
-    check_model_layout("teacher", parallel, **SHAPE)
+        check_model_layout("teacher", parallel, {}, **{**SHAPE, "ffn_hidden_size": 6145})
+    check_model_layout("teacher", parallel, {}, **SHAPE)
 
 
 MOE_SHAPE = SHAPE | {"num_moe_experts": 6, "ffn_hidden_size": 6145}
@@ -311,7 +322,7 @@ def test_experts_that_cannot_be_shared_are_refused_with_what_would_work(shape, s
         sequence_parallel=sequence,
     )
     with pytest.raises(ConfigError) as caught:
-        check_model_layout("student", parallel, **shape)
+        check_model_layout("student", parallel, {}, **shape)
     assert words in str(caught.value)
 
 
@@ -323,7 +334,7 @@ def test_experts_need_no_feed_forward_size_that_tensor_parallelism_divides(sizes
         expert_model_parallel_size=expert,
         sequence_parallel=sequence,
     )
-    check_model_layout("teacher", parallel, **MOE_SHAPE)
+    check_model_layout("teacher", parallel, {}, **MOE_SHAPE)
 
 
 @pytest.mark.parametrize(

@@ -347,3 +347,27 @@ def test_a_config_that_describes_other_layers_than_the_weights_is_refused(
     refused(config, InputError, f"{model}.path", "describes 2 layers", "model.layers.2.", "more")
     edit_json(f"{folder}/config.json", num_hidden_layers=8)
     refused(config, InputError, f"{model}.path", "describes 8 layers", "lacks model.layers.4.")
+
+
+def test_a_megatron_setting_is_refused_before_a_model_is_looked_at(config: TrainConfig) -> None:
+    config.student.megatron = {"recompute_granularty": "full"}
+    config.student.path = "nowhere"
+    refused(config, ConfigError, "student.megatron.recompute_granularty", "recompute_granularity")
+
+
+def test_layers_that_do_not_come_out_even_over_chunks_are_refused(config: TrainConfig) -> None:
+    config.student.parallel.pipeline_model_parallel_size = 2
+    config.student.parallel.virtual_pipeline_model_parallel_size = 3
+    refused(
+        config,
+        ConfigError,
+        "pipeline_model_parallel_size = 2 with student.parallel.virtual_pipeline_model_parallel_",
+        "virtual_pipeline_model_parallel_size = 2 would work",
+        world_size=2,
+    )
+
+
+def test_stages_of_the_teacher_may_be_uneven(config: TrainConfig) -> None:
+    config.teacher.parallel.pipeline_model_parallel_size = 2
+    config.teacher.megatron = {"num_layers_in_last_pipeline_stage": 1}
+    assert read_inputs(config, world_size=2).teacher.num_layers == 4

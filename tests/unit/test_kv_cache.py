@@ -98,7 +98,7 @@ def test_attentions_have_their_cache_inside_the_block_only_even_if_it_raises() -
     inside: list[object] = []
 
     def fail_inside() -> None:
-        with attached([chunk], [cache]):
+        with attached([chunk], cache):
             inside.extend(attention.cache for attention in attentions)
             raise KeyError
 

@@ -47,7 +47,7 @@ def by_hugging_face_name(
 ) -> dict[str, Tensor]:
     """Return something of each parameter under the names of the Hugging Face tensors."""
     model = Qwen3Config.from_folder(folder, setting="student.path")
-    parameters = dict(student.chunk.named_parameters())
+    parameters = dict(student.chunks[0].named_parameters())
     return {
         name: tensor
         for weight in hf_weights.weights_of(model, range(model.num_layers))
@@ -265,7 +265,7 @@ def test_a_teacher_with_the_students_weights_gives_neither_reward_nor_gradient(
     student = make_student(student_folder, layout, micro_batch_size=4, clip_grad=1.0)
     model = Qwen3Config.from_folder(student_folder, setting="student.path")
     engine = MegatronRolloutEngine(
-        student.chunk,
+        student.chunks,
         layout,
         vocab_size=24,
         stop_token_ids=[EOS],

@@ -61,7 +61,7 @@ def generate(
     shrink_at: float = 1.0,
 ) -> Trajectories:
     engine = MegatronRolloutEngine(
-        chunk,
+        [chunk],
         layout,
         vocab_size=vocab_size,
         stop_token_ids=stop,

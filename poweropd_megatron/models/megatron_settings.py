@@ -1,0 +1,212 @@
+"""Megatron's own settings, given by name: which of them a run may set, and the checks of both.
+
+What is let through is known to have an effect here and to leave the results as they are, up to
+rounding. A field that isn't listed is refused, so that nothing is ignored.
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from typing import Any, Literal, get_type_hints
+
+from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.optimizer import OptimizerConfig
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from poweropd_megatron.config.pipeline import UNEVEN
+from poweropd_megatron.config.schema import ParallelConfig, TrainConfig
+from poweropd_megatron.config.settings import conforms, describe
+from poweropd_megatron.errors import ConfigError
+
+RECOMPUTE = (
+    "recompute_granularity",
+    "recompute_method",
+    "recompute_num_layers",
+    "recompute_modules",
+    "distribute_saved_activations",
+)
+"""Forget activations in the forward and compute them again in the backward."""
+
+STUDENT = (
+    *UNEVEN,
+    *RECOMPUTE,
+    "microbatch_group_size_per_vp_stage",
+    "overlap_grad_reduce",
+    "overlap_param_gather",
+    "bucket_size",
+    "num_buckets",
+    "pad_buckets_for_high_nccl_busbw",
+)
+TEACHER = UNEVEN
+
+_REFUSED = (
+    (
+        ("tensor_model_parallel_size", "*pipeline_model_parallel_size", "sequence_parallel"),
+        "{model}.parallel.{field} sets it",
+    ),
+    (("params_dtype", "pipeline_dtype", "bf16", "fp16"), "{model}.dtype sets it"),
+    (
+        ("lr", "min_lr", "weight_decay", "adam_*", "clip_grad", "use_distributed_optimizer"),
+        "optimizer.{field} sets it",
+    ),
+    (
+        (
+            *("num_layers", "*hidden_size", "num_attention_heads", "num_query_groups"),
+            *("kv_channels", "layernorm_epsilon", "normalization", "qk_layernorm"),
+            *("gated_linear_unit", "activation_func", "add_*_bias", "add_bias_linear"),
+        ),
+        "config.json in {model}.path says it",
+    ),
+    (
+        ("pipeline_model_parallel_layout",),
+        "the layers of a stage are set with " + ", ".join(UNEVEN),
+    ),
+    (("*_dropout",), "it is 0, so that training sees the model that generated"),
+    (("calculate_per_token_loss",), "it is always true: the loss is a mean over all tokens"),
+    (("variable_seq_lengths",), "it is always true: each micro-batch has its own length"),
+    (("grad_reduce_in_fp32",), "it is always true"),
+    (("optimizer",), "it is always 'adam'"),
+    (("overlap_p2p_comm", "batch_p2p_comm"), "a virtual pipeline sets it"),
+    (("align_param_gather",), "overlap_param_gather sets it"),
+    (("average_in_collective",), "the loss is a mean over all tokens, which rules it out"),
+    (
+        ("tp_comm_*", "fp8*", "fp4*", "delay_wgrad_compute", "cpu_offloading*", "use_te_*"),
+        "it works in Transformer Engine's layers only, and these models have Megatron's local ones",
+    ),
+)
+"""Fields by pattern, with why they can't be given."""
+
+_NEEDS = {
+    **dict.fromkeys(RECOMPUTE[1:], "recompute_granularity"),
+    "bucket_size": "overlap_grad_reduce",
+    "num_buckets": "overlap_grad_reduce",
+    "overlap_param_gather": "overlap_grad_reduce",
+}
+"""Settings that Megatron ignores without another one."""
+
+
+def fields_of(cls: type, megatron: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those of the settings that are fields of one of Megatron's dataclasses."""
+    names = {field.name for field in dataclasses.fields(cls)}
+    return {name: value for name, value in megatron.items() if name in names}
+
+
+def check_megatron_settings(config: TrainConfig) -> None:
+    """Return if the settings given by name are known, of the right type, and have an effect.
+
+    Needs no process group, and comes out alike on every rank.
+    Raises: ConfigError that names the setting, and what to use instead.
+    """
+    _check_names("student", config.student.megatron)
+    _check_names("teacher", config.teacher.megatron)
+    _check_effects(config)
+
+
+def _check_names(model: Literal["student", "teacher"], megatron: Mapping[str, Any]) -> None:
+    classes = (TransformerConfig, DistributedDataParallelConfig, OptimizerConfig)
+    types = {name: kind for cls in classes for name, kind in get_type_hints(cls).items()}
+    accepted = STUDENT if model == "student" else TEACHER
+    for name, value in megatron.items():
+        setting = f"{model}.megatron.{name}"
+        if name not in types:
+            nearest = difflib.get_close_matches(name, [*accepted, *types], n=3) or accepted
+            raise ConfigError(
+                f"{setting}: Megatron's configurations have no {name}; the nearest are "
+                f"{', '.join(nearest)}"
+            )
+        if name not in accepted:
+            raise ConfigError(f"{setting} can't be given: {_reason(model, name)}")
+        if not conforms(value, types[name]):
+            raise ConfigError(f"{setting} must be {describe(types[name])}, not {value!r}")
+
+
+def _reason(model: str, name: str) -> str:
+    for patterns, reason in _REFUSED:
+        if any(fnmatchcase(name, pattern) for pattern in patterns):
+            return reason.format(model=model, field=name)
+    if model == "teacher" and name in STUDENT:
+        return "it is for training, and the teacher only scores"
+    accepted = STUDENT if model == "student" else TEACHER
+    return f"it would have no effect, or change the model; {', '.join(accepted)} can be"
+
+
+def _check_effects(config: TrainConfig) -> None:
+    """Refuse what Megatron would ignore, and what it would refuse later."""
+    given, parallel = config.student.megatron, config.student.parallel
+    for name, needed in _NEEDS.items():
+        if given.get(name) and not given.get(needed):
+            raise ConfigError(
+                f"student.megatron.{name} = {given[name]!r} has no effect without "
+                f"student.megatron.{needed}: set that too, or leave it out"
+            )
+    for name in ("overlap_param_gather", "pad_buckets_for_high_nccl_busbw"):
+        if given.get(name) and not config.optimizer.use_distributed_optimizer:
+            raise ConfigError(
+                f"student.megatron.{name} needs optimizer.use_distributed_optimizer = true: set "
+                "that, or leave it out"
+            )
+    if given.get("bucket_size") is not None and given.get("num_buckets") is not None:
+        raise ConfigError(
+            "student.megatron.bucket_size and student.megatron.num_buckets exclude each other: "
+            "leave one out"
+        )
+    for name in ("bucket_size", "num_buckets"):
+        if given.get(name, 1) < 1:
+            raise ConfigError(f"student.megatron.{name} must be at least 1, not {given[name]}")
+    _check_recompute(given, parallel)
+    _check_group_size(given, parallel)
+
+
+def _check_recompute(given: Mapping[str, Any], parallel: ParallelConfig) -> None:
+    granularity = given.get("recompute_granularity")
+    if granularity == "full":
+        for name, example in (("recompute_method", "'uniform'"), ("recompute_num_layers", "1")):
+            if given.get(name) is None:
+                raise ConfigError(
+                    "student.megatron.recompute_granularity = 'full' needs "
+                    f"student.megatron.{name}, such as {example}"
+                )
+        if given["recompute_num_layers"] < 1:
+            raise ConfigError(
+                "student.megatron.recompute_num_layers must be at least 1, not "
+                f"{given['recompute_num_layers']}"
+            )
+    others = ("recompute_modules",) if granularity == "full" else RECOMPUTE[1:3] + RECOMPUTE[4:]
+    for name in others:
+        if granularity is not None and given.get(name):
+            raise ConfigError(
+                f"student.megatron.{name} has no effect with "
+                f"student.megatron.recompute_granularity = {granularity!r}: leave it out"
+            )
+    for module in given.get("recompute_modules") or ():
+        if module not in ("core_attn", "mlp"):
+            raise ConfigError(
+                f"student.megatron.recompute_modules has {module!r}; 'core_attn' and 'mlp' can be "
+                "computed again in these models"
+            )
+    if given.get("distribute_saved_activations") and (
+        parallel.tensor_model_parallel_size == 1 or parallel.sequence_parallel
+    ):
+        raise ConfigError(
+            "student.megatron.distribute_saved_activations needs "
+            "student.parallel.tensor_model_parallel_size > 1 and "
+            "student.parallel.sequence_parallel = false: set these, or leave it out"
+        )
+
+
+def _check_group_size(given: Mapping[str, Any], parallel: ParallelConfig) -> None:
+    size = given.get("microbatch_group_size_per_vp_stage")
+    if size is None:
+        return
+    if parallel.virtual_pipeline_model_parallel_size is None:
+        raise ConfigError(
+            f"student.megatron.microbatch_group_size_per_vp_stage = {size} has no effect without "
+            "student.parallel.virtual_pipeline_model_parallel_size: set that, or leave it out"
+        )
+    if size < parallel.pipeline_model_parallel_size:
+        raise ConfigError(
+            f"student.megatron.microbatch_group_size_per_vp_stage = {size} must be at least "
+            "student.parallel.pipeline_model_parallel_size = "
+            f"{parallel.pipeline_model_parallel_size}"
+        )
