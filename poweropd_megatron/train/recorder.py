@@ -71,10 +71,12 @@ class Recorder:
             ("teacher", config.teacher, inputs.teacher),
         ):
             parallel = part.parallel
+            chunks = parallel.virtual_pipeline_model_parallel_size
             self.info(
                 f"{name}: {part.path}, {shape.num_layers} layers, hidden {shape.hidden_size}, "
                 f"{part.dtype}, TP {parallel.tensor_model_parallel_size} x "
                 f"PP {parallel.pipeline_model_parallel_size}"
+                + (f" in {chunks} chunks each" if chunks else "")
                 + (" with sequence parallelism" if parallel.sequence_parallel else "")
             )
         num_eval = sum(len(prompts) for prompts in inputs.eval_prompts.values())
