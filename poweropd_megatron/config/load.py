@@ -206,7 +206,7 @@ def _parser() -> jsonargparse.ArgumentParser:
     for name, setting in SETTINGS.items():
         tables[setting.table].add_argument(
             f"--{name}",
-            type=_inline_table if get_origin(setting.type) is dict else setting.type,
+            type=_InlineTable() if get_origin(setting.type) is dict else setting.type,
             required=setting.required,
             default=None if setting.required else setting.default,
             help=setting.help,
@@ -214,12 +214,18 @@ def _parser() -> jsonargparse.ArgumentParser:
     return parser
 
 
-def _inline_table(value: str | dict[str, Any]) -> dict[str, Any]:
-    """Return a table of the command line; jsonargparse also passes those of the files through."""
-    table = tomllib.loads(f"table = {value}")["table"] if isinstance(value, str) else value
-    if not isinstance(table, dict):
-        raise ValueError(f"not a table: {value}")
-    return table
+class _InlineTable:
+    """The type of a table, with a name for --help."""
+
+    def __repr__(self) -> str:
+        return "table"
+
+    def __call__(self, value: str | dict[str, Any]) -> dict[str, Any]:
+        """Return a table of the command line; jsonargparse also passes those of files through."""
+        table = tomllib.loads(f"table = {value}")["table"] if isinstance(value, str) else value
+        if not isinstance(table, dict):
+            raise ValueError(f"not a table: {value}")
+        return table
 
 
 def _explain(message: str, argv: Sequence[str]) -> str:

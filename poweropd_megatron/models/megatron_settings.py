@@ -32,10 +32,10 @@ STUDENT = (
     *UNEVEN,
     *RECOMPUTE,
     "microbatch_group_size_per_vp_stage",
+    "deallocate_pipeline_outputs",
     "overlap_grad_reduce",
     "overlap_param_gather",
     "bucket_size",
-    "num_buckets",
     "pad_buckets_for_high_nccl_busbw",
 )
 TEACHER = UNEVEN
@@ -68,6 +68,8 @@ _REFUSED = (
     (("grad_reduce_in_fp32",), "it is always true"),
     (("optimizer",), "it is always 'adam'"),
     (("overlap_p2p_comm", "batch_p2p_comm"), "a virtual pipeline sets it"),
+    (("*_fusion",), "it is always false: activations are computed as transformers does"),
+    (("num_buckets",), "megatron.core doesn't look at it; {model}.megatron.bucket_size is its way"),
     (("align_param_gather",), "overlap_param_gather sets it"),
     (("average_in_collective",), "the loss is a mean over all tokens, which rules it out"),
     (
@@ -80,7 +82,6 @@ _REFUSED = (
 _NEEDS = {
     **dict.fromkeys(RECOMPUTE[1:], "recompute_granularity"),
     "bucket_size": "overlap_grad_reduce",
-    "num_buckets": "overlap_grad_reduce",
     "overlap_param_gather": "overlap_grad_reduce",
 }
 """Settings that Megatron ignores without another one."""
@@ -146,14 +147,14 @@ def _check_effects(config: TrainConfig) -> None:
                 f"student.megatron.{name} needs optimizer.use_distributed_optimizer = true: set "
                 "that, or leave it out"
             )
-    if given.get("bucket_size") is not None and given.get("num_buckets") is not None:
+    if given.get("deallocate_pipeline_outputs") and parallel.pipeline_model_parallel_size == 1:
         raise ConfigError(
-            "student.megatron.bucket_size and student.megatron.num_buckets exclude each other: "
-            "leave one out"
+            "student.megatron.deallocate_pipeline_outputs has no effect without "
+            "student.parallel.pipeline_model_parallel_size > 1: set that, or leave it out"
         )
-    for name in ("bucket_size", "num_buckets"):
-        if given.get(name, 1) < 1:
-            raise ConfigError(f"student.megatron.{name} must be at least 1, not {given[name]}")
+    bucket_size = given.get("bucket_size")
+    if bucket_size is not None and bucket_size < 1:
+        raise ConfigError(f"student.megatron.bucket_size must be at least 1, not {bucket_size}")
     _check_recompute(given, parallel)
     _check_group_size(given, parallel)
 

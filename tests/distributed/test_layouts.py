@@ -24,6 +24,7 @@ TOLERANCE = 1e-5
 """Norm of the difference over norm of the reference; fp32 rounding comes to 3e-6 here."""
 
 OVERLAPPED = {"overlap_grad_reduce": True, "overlap_param_gather": True}
+DEALLOCATED = {"deallocate_pipeline_outputs": True}
 COUNTED = {
     "account_for_embedding_in_pipeline_split": True,
     "account_for_loss_in_pipeline_split": True,
@@ -66,8 +67,10 @@ ROWS_UNTIED_ONLY = [
     row("student-DP2-teacher-TP2", 2, parallel(), parallel(2)),
     row("TP2xPP2xVPP2+SP", 4, parallel(2, 2, virtual=2, sequence=True), parallel(2, 2)),
     row("PP2-1-and-3-layers", 2, parallel(1, 2), num_layers_in_first_pipeline_stage=1),
+    row("PP2xVPP2-deallocated", 2, parallel(1, 2, virtual=2), parallel(), **DEALLOCATED),
+    row("TP2xPP2-deallocated", 4, parallel(2, 2), **DEALLOCATED),
     row("DP2-overlapped", 2, parallel(), bucket_size=9000, **OVERLAPPED),
-    row("DP2-overlap-grad-reduce", 2, parallel(), overlap_grad_reduce=True, num_buckets=3),
+    row("DP2-overlap-grad-reduce", 2, parallel(), overlap_grad_reduce=True, bucket_size=20000),
     row("recompute-full", 1, parallel(), **recompute("full", "uniform", 2)),
     row("recompute-selective", 1, parallel(), recompute_granularity="selective"),
     row(

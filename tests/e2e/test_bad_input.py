@@ -91,6 +91,39 @@ def test_tokenizers_that_differ_are_shown_with_their_first_differences(message, 
         assert line in said
 
 
+@pytest.mark.parametrize(
+    ("change", "pp", "words"),
+    [
+        (
+            "--student.parallel.virtual_pipeline_model_parallel_size=2",
+            1,
+            "virtual_pipeline_model_parallel_size = 2 needs "
+            "student.parallel.pipeline_model_parallel_size > 1, not 1",
+        ),
+        (
+            "--student.parallel.virtual_pipeline_model_parallel_size=4",
+            2,
+            "the 2 of stage 0 don't come out even over 4 chunks; "
+            "virtual_pipeline_model_parallel_size = 2 would work",
+        ),
+        (
+            "--teacher.megatron.num_layers_in_first_pipeline_stage=4",
+            2,
+            "teacher.megatron.num_layers_in_first_pipeline_stage = 4 can't deal out",
+        ),
+        (
+            "--student.megatron.recompute_granularty=full",
+            1,
+            "the nearest are recompute_granularity",
+        ),
+        ("--student.megatron.lr=1", 1, "student.megatron.lr can't be given: optimizer.lr sets it"),
+        ("--student.megatron.bucket_size=x", 1, "must be an integer or null"),
+    ],
+)
+def test_a_pipeline_or_a_setting_of_megatrons_that_cannot_be(change, pp, words, message):
+    assert words in message(change, pp=pp, world_size=pp)
+
+
 @pytest.mark.parametrize("part", ["student", "teacher"])
 @pytest.mark.parametrize(
     ("tp", "pp", "world_size", "words"),

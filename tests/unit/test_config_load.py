@@ -319,4 +319,5 @@ def test_help_describes_every_setting_under_its_table(capsys):
         assert setting.help.split()[0] in words
         assert len(setting.help) > 10
     assert "(type: float, default: 5e-07)" in words
+    assert "(type: table, default: {})" in words
     assert "(required, type: int)" in words

@@ -64,6 +64,8 @@ def test_what_is_accepted_is_in_megatrons_dataclasses() -> None:
         ("calculate_per_token_loss", "it is always true"),
         ("grad_reduce_in_fp32", "it is always true"),
         ("optimizer", "it is always 'adam'"),
+        ("num_buckets", "student.megatron.bucket_size is its way"),
+        ("bias_activation_fusion", "it is always false"),
         ("batch_p2p_comm", "a virtual pipeline sets it"),
         ("align_param_gather", "overlap_param_gather sets it"),
         ("tp_comm_overlap", "Transformer Engine's layers only"),
@@ -123,13 +125,13 @@ def test_a_value_of_another_type_is_refused(name: str, value: Any, expected: str
     ("megatron", "words"),
     [
         ({"recompute_modules": ["mlp"]}, "no effect without student.megatron.recompute_gran"),
+        (
+            {"deallocate_pipeline_outputs": True},
+            "no effect without student.parallel.pipeline_model_parallel_size > 1",
+        ),
         ({"bucket_size": 5}, "no effect without student.megatron.overlap_grad_reduce"),
         ({"overlap_param_gather": True}, "no effect without student.megatron.overlap_grad_reduce"),
         ({"overlap_grad_reduce": True, "bucket_size": 0}, "bucket_size must be at least 1, not 0"),
-        (
-            {"overlap_grad_reduce": True, "bucket_size": 5, "num_buckets": 2},
-            "bucket_size and student.megatron.num_buckets exclude each other",
-        ),
         ({"recompute_granularity": "full"}, "needs student.megatron.recompute_method, such as"),
         (FULL | {"recompute_num_layers": 0}, "recompute_num_layers must be at least 1, not 0"),
         (FULL | {"recompute_modules": ["mlp"]}, "recompute_modules has no effect with student."),
