@@ -296,48 +296,6 @@ def test_an_output_folder_below_a_file_is_refused(config: TrainConfig, tmp_path:
     refused(config, ConfigError, f"output_dir: {tmp_path / 'runs'} is a file")
 
 
-def put_experts(config: TrainConfig, model: str) -> None:
-    """Make a Qwen3-MoE of a model, for the bundled tokenizer."""
-    folder = Path(getattr(config, model).path)
-    qwen3_folder.write(folder, vocab_size=24, **qwen3_folder.MOE)
-
-
-@pytest.mark.parametrize("model", ["student", "teacher"])
-def test_a_model_with_experts_is_accepted_and_refused_where_ranks_cannot_share_them(
-    config: TrainConfig, model: str
-) -> None:
-    parallel = getattr(config, model).parallel
-    parallel.expert_model_parallel_size = 2
-    refused(config, ConfigError, f"{model}.path is a dense model: set it to 1", world_size=2)
-    for name in ("student", "teacher"):
-        put_experts(config, name)
-    inputs = read_inputs(config, world_size=2)
-    assert getattr(inputs, model).experts.num_moe_experts == 4
-    refused(config, ConfigError, "must divide the ranks of a pipeline stage (3)", world_size=3)
-    parallel.expert_model_parallel_size = 8
-    config.global_batch_size = 16
-    refused(
-        config,
-        ConfigError,
-        f"{model}.parallel.expert_model_parallel_size = 8",
-        "experts (4); 1, 2 or 4 would work",
-        world_size=8,
-    )
-    parallel.expert_model_parallel_size = 1
-    parallel.tensor_model_parallel_size = 2
-    refused(config, ConfigError, f"needs {model}.parallel.sequence_parallel = true", world_size=2)
-
-
-def test_a_config_that_describes_other_experts_than_the_weights_is_refused(
-    config: TrainConfig,
-) -> None:
-    put_experts(config, "teacher")
-    edit_json(f"{config.teacher.path}/config.json", num_experts=6)
-    refused(
-        config, InputError, "teacher.path", "2 layers of 6 experts", "lacks model.layers.0.mlp.exp"
-    )
-
-
 @pytest.mark.parametrize("model", ["student", "teacher"])
 def test_a_config_that_describes_other_layers_than_the_weights_is_refused(
     config: TrainConfig, model: str
