@@ -35,7 +35,7 @@ def test_experts_that_cannot_be_shared_are_refused_with_what_would_work(shape, s
         sequence_parallel=sequence,
     )
     with pytest.raises(ConfigError) as caught:
-        check_model_layout("student", parallel, **shape)
+        check_model_layout("student", parallel, {}, **shape)
     assert words in str(caught.value)
 
 
@@ -47,7 +47,7 @@ def test_experts_need_no_feed_forward_size_that_tensor_parallelism_divides(sizes
         expert_model_parallel_size=expert,
         sequence_parallel=sequence,
     )
-    check_model_layout("teacher", parallel, **EXPERTS)
+    check_model_layout("teacher", parallel, {}, **EXPERTS)
 
 
 def check_ranks_of(name: str, tensor: int, pipeline: int, expert: int) -> None:
