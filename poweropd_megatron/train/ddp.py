@@ -64,7 +64,7 @@ def finish_param_gather(ddps: Sequence[DistributedDataParallel]) -> None:
     """Wait until this rank has all weights: before they are read other than by a forward."""
     for ddp in ddps:
         if ddp.ddp_config.overlap_param_gather:
-            for bucket_group in ddp.bucket_groups:
+            for bucket_group in ddp.bucket_groups + ddp.expert_parallel_bucket_groups:
                 bucket_group.finish_param_sync(skip_next_bucket_dispatch=True)
 
 
