@@ -180,36 +180,6 @@ def test_a_wrong_text_on_the_command_line_is_refused(tmp_path, override, message
     assert message in message_of(tmp_path, {}, override)
 
 
-def test_megatrons_settings_come_from_a_table_and_one_by_one(tmp_path):
-    given = {"bucket_size": 9, "recompute_granularity": "full"}
-    config = parse(
-        tmp_path,
-        {"student.megatron": given},
-        *("--student.megatron.recompute_granularity=selective", "--student.megatron.bucket_size"),
-        *("null", "--student.megatron.overlap_grad_reduce", "true", "--seed=7"),
-        '--student.megatron.recompute_modules=["mlp"]',
-        "--teacher.megatron.num_layers_in_first_pipeline_stage=3",
-    )
-    assert config.student.megatron == {
-        "recompute_granularity": "selective",
-        "overlap_grad_reduce": True,
-        "recompute_modules": ["mlp"],
-    }
-    assert config.teacher.megatron == {"num_layers_in_first_pipeline_stage": 3}
-    assert config.seed == 7
-    whole = parse(tmp_path, {"student.megatron": given}, "--student.megatron={bucket_size = 3}")
-    assert whole.student.megatron == {"bucket_size": 3}
-
-
-def test_megatrons_settings_need_a_value_and_no_deeper_name(tmp_path):
-    name = "--student.megatron.overlap_grad_reduce"
-    for override in ([name], [name, "--seed=3"]):
-        assert f"{name} needs a value" in message_of(tmp_path, {}, *override)
-    assert "student.megatron.a.b is not a setting" in message_of(
-        tmp_path, {}, "--student.megatron.a.b=1"
-    )
-
-
 @pytest.mark.parametrize(
     ("name", "nearest"),
     [
