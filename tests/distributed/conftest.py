@@ -9,8 +9,6 @@ STUDENT = {"num_hidden_layers": 4, "vocab_size": 37}
 """37 columns leave one to pad at TP 2."""
 TEACHER = {"num_hidden_layers": 2, "vocab_size": 41, "hidden_size": 32, "intermediate_size": 56}
 """Another shape, and tokens that the student doesn't have."""
-EXPERTS = MOE | {"num_hidden_layers": 2}
-"""Two layers of four experts, two of which take each token."""
 
 
 @pytest.fixture(scope="session")
@@ -32,7 +30,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     for model, seed, changes in (("student", 0, STUDENT), ("teacher", 3, TEACHER)):
         for kind in ("tied", "untied", "experts"):
             folder = root / f"{model}-{kind}"
-            experts = EXPERTS if kind == "experts" else {}
+            experts = MOE if kind == "experts" else {}
             qwen3_folder.write(
                 folder,
                 seed=seed,

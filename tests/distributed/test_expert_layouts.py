@@ -157,5 +157,5 @@ def test_the_fixed_batch_reaches_what_is_special(
     measured, _ = references[BOTH]
     assert measured.grad_norm_U.min() > OPTIMIZER.clip_grad, "clipped gradients"
     experts = [name for name in measured.gradients if ".experts." in name]
-    assert len(experts) == 2 * 4 * 3
+    assert len(experts) == 4 * 4 * 3
     assert all(measured.gradients[name][0].norm() > 0 for name in experts), "each has tokens"

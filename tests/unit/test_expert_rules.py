@@ -65,7 +65,7 @@ def check_ranks_of(name: str, tensor: int, pipeline: int, expert: int) -> None:
     ("tensor", "pipeline", "expert", "words"),
     [
         (1, 1, 5, "ranks of a pipeline stage (12)"),
-        (1, 1, 5, "1, 2, 3, 4, 6 or 12 would work"),
+        (1, 1, 8, "1, 2, 3, 4, 6 or 12 would work"),
         (1, 2, 12, "ranks of a pipeline stage (6)"),
         (2, 1, 3, "tensor_model_parallel_size = 2; 1, 2, 4, 6 or 12 would work"),
     ],
