@@ -15,6 +15,11 @@ TOLERANCE = 1e-5
 """Norm of the difference over norm of the reference, as for dense models."""
 BOTH = ("experts", "experts")
 """Kinds of student and teacher."""
+RECOMPUTED = {
+    "recompute_granularity": "full",
+    "recompute_method": "uniform",
+    "recompute_num_layers": 1,
+}
 
 CASES = [
     (ONE_PROCESS, BOTH),
@@ -43,6 +48,20 @@ CASES = [
         row("EP2xPP2-packed", 4, parallel(1, 2, expert=2), max_tokens_per_microbatch=10),
         BOTH,
     ),
+    (row("PP2xVPP2", 2, parallel(1, 2, virtual=2), parallel(1, 2)), BOTH),
+    (row("EP2xPP2xVPP2", 4, parallel(1, 2, virtual=2, expert=2), parallel(expert=2)), BOTH),
+    (
+        row(
+            "EP2xDP2-overlapped",
+            4,
+            parallel(expert=2),
+            overlap_grad_reduce=True,
+            overlap_param_gather=True,
+            bucket_size=1000,
+        ),
+        BOTH,
+    ),
+    (row("EP2-recompute-full", 2, parallel(expert=2), **RECOMPUTED), BOTH),
     (
         row("student-TP2-teacher-EP2", 2, parallel(2), parallel(expert=2)),
         ("tied", "experts"),
