@@ -42,9 +42,13 @@ TEACHER = UNEVEN
 
 _REFUSED = (
     (
-        ("tensor_model_parallel_size", "*pipeline_model_parallel_size", "sequence_parallel"),
+        (
+            *("tensor_model_parallel_size", "*pipeline_model_parallel_size"),
+            *("expert_model_parallel_size", "sequence_parallel"),
+        ),
         "{model}.parallel.{field} sets it",
     ),
+    (("expert_tensor_parallel_size",), "it is always 1: an expert is whole on its rank"),
     (("params_dtype", "pipeline_dtype", "bf16", "fp16"), "{model}.dtype sets it"),
     (
         ("lr", "min_lr", "weight_decay", "adam_*", "clip_grad", "use_distributed_optimizer"),
@@ -62,6 +66,7 @@ _REFUSED = (
         ("pipeline_model_parallel_layout",),
         "the layers of a stage are set with " + ", ".join(UNEVEN),
     ),
+    (("moe_*", "num_moe_experts"), "config.json in {model}.path says it, or it is fixed"),
     (("*_dropout",), "it is 0, so that training sees the model that generated"),
     (("calculate_per_token_loss",), "it is always true: the loss is a mean over all tokens"),
     (("variable_seq_lengths",), "it is always true: each micro-batch has its own length"),

@@ -52,6 +52,9 @@ def test_what_is_accepted_is_in_megatrons_dataclasses() -> None:
     [
         ("tensor_model_parallel_size", "student.parallel.tensor_model_parallel_size sets it"),
         ("virtual_pipeline_model_parallel_size", "student.parallel.virtual_pipeline_model_"),
+        ("expert_model_parallel_size", "student.parallel.expert_model_parallel_size sets it"),
+        ("expert_tensor_parallel_size", "it is always 1: an expert is whole on its rank"),
+        ("moe_router_topk", "config.json in student.path says it"),
         ("sequence_parallel", "student.parallel.sequence_parallel sets it"),
         ("pipeline_dtype", "student.dtype sets it"),
         ("bf16", "student.dtype sets it"),
