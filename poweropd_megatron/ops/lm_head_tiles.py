@@ -13,7 +13,7 @@ from torch import Tensor
 from poweropd_megatron.ops.matmul import add_product_, product
 from poweropd_megatron.ops.rows import LOGIT_DTYPES, check_shards, check_targets
 
-TILE_BYTES = {"cpu": 32 << 20, "cuda": 512 << 20}
+TILE_BYTES = {"cpu": 16 << 20, "cuda": 512 << 20}
 """Logits, in fp32, of a tile: a CPU's stay near its cache, a GPU wants large products."""
 TILE_ROWS = {"cpu": 2048, "cuda": 8192}
 _COLUMN_MULTIPLE = 128
