@@ -152,8 +152,10 @@ class Teacher:
         time/teacher_busy_seconds if the teacher has ranks of its own: scoring, whether or not the
         student waited for it. With teacher.offload memory/teacher_offloaded_bytes, which are off
         the device while nothing is scored, and time/teacher_load_seconds, in which they came back.
-        Called by all ranks of the job. Cost: one all_reduce of three numbers.
+        Called by all ranks of the job. Cost: with either setting one all_reduce of three numbers.
         """
+        if self._config.num_ranks is None and not self._config.offload:
+            return {}
         num_bytes = self._offloaded.num_bytes if self._offloaded is not None else 0
         own = torch.tensor([self._busy_seconds, num_bytes, self._load_seconds], dtype=torch.float64)
         self._busy_seconds = self._load_seconds = 0.0

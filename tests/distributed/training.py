@@ -3,15 +3,14 @@
 Shapes: B sequences, T tokens, U updates.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import chain
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from megatron.core.models.gpt import GPTModel
+from gathering import gather_shares, whole_tensors
 from support.made_trajectories import make
 from torch import Tensor
 
@@ -26,13 +25,11 @@ from poweropd_megatron.config.schema import (
     TeacherConfig,
     TrainConfig,
 )
-from poweropd_megatron.models.build import layer_numbers
-from poweropd_megatron.models.hf_weights import to_hugging_face, weights_of
 from poweropd_megatron.models.qwen3 import Qwen3Config
 from poweropd_megatron.objectives.labels import Labels, label
 from poweropd_megatron.objectives.rewards import power_reward
 from poweropd_megatron.parallel import cpu_device
-from poweropd_megatron.parallel.layout import Layout, student_layout, teacher_layout
+from poweropd_megatron.parallel.layout import student_layout, teacher_layout
 from poweropd_megatron.rollout.megatron_engine import MegatronRolloutEngine
 from poweropd_megatron.rollout.sampling import Sampling
 from poweropd_megatron.rollout.trajectories import Trajectories
@@ -204,8 +201,8 @@ def update_on_ranks(
     ) -> None:
         finalize_model_grads(model, *args, **kwargs)
         if row.use_distributed_optimizer:
-            _gather_shares((ddp.buffers for ddp in model), student.layout.groups.dp)
-            _gather_shares(
+            gather_shares((ddp.buffers for ddp in model), student.layout.groups.dp)
+            gather_shares(
                 (ddp.expert_parallel_buffers for ddp in model), student.layout.groups.expt_dp
             )
         gradients.append(models.gather(lambda weight: weight.main_grad))
@@ -249,61 +246,6 @@ def _roll_out(student: Student) -> None:
     engine.generate(
         [[1, 2, 3], [4], [5, 6]], Sampling(max_new_tokens=3), stream=(0,), weight_version=0
     )
-
-
-def whole_tensors(
-    chunks: Sequence[GPTModel],
-    layout: Layout,
-    model: Qwen3Config,
-    value_of: Callable[[Any], Tensor],
-) -> dict[str, list[Tensor]]:
-    """Return every copy of each tensor under its Hugging Face name, put together from all ranks.
-
-    Under "padding": the rows beyond the vocabulary. Ranks without the model get nothing.
-    """
-    if not layout.holds_model:
-        return {"padding": []}
-    rows = [
-        (weights[name], parameter)
-        for chunk in chunks
-        for weights in [
-            {
-                weight.megatron: weight
-                for weight in weights_of(
-                    model, layer_numbers(chunk), ep_rank=layout.ep_rank, ep_size=layout.ep_size
-                )
-            }
-        ]
-        for name, parameter in chunk.named_parameters()
-    ]
-    own: list[tuple[str, Tensor]] = []
-    for weight, parameter in rows:
-        value = value_of(parameter).detach().clone()
-        if weight.is_expert:
-            own += to_hugging_face(weight, [value], vocab_size=model.vocab_size)
-            continue
-        shards = [torch.empty_like(value) for _ in range(layout.tp_size)]
-        dist.all_gather(shards, value, group=layout.groups.tp)
-        copies = [[shard] for shard in shards] if weight.dim is None else [shards]
-        for copy in copies:
-            own += to_hugging_face(weight, copy, vocab_size=model.vocab_size)
-        if weight.is_vocabulary:
-            own.append(("padding", torch.cat(shards)[model.vocab_size :]))
-    group = dist.new_group(list(layout.ranks), use_local_synchronization=True)
-    by_rank: list[list[tuple[str, Tensor]]] = [[] for _ in layout.ranks]
-    dist.all_gather_object(by_rank, own, group=group)
-    whole: dict[str, list[Tensor]] = {}
-    for name, tensor in (named for named_tensors in by_rank for named in named_tensors):
-        whole.setdefault(name, []).append(tensor)
-    return whole
-
-
-def _gather_shares(buffers: Iterable[list[Any]], dp_group: dist.ProcessGroup) -> None:
-    """Complete the gradients, of which the distributed optimizer leaves each rank a share."""
-    for buffer in chain.from_iterable(buffers):
-        for bucket in buffer.buckets:
-            shares = list(bucket.grad_data.chunk(dist.get_world_size(dp_group)))
-            dist.all_gather(shares, shares[dist.get_rank(dp_group)].clone(), group=dp_group)
 
 
 def _loss(logp_UBT: Tensor, teacher_logp_BT: Tensor, labels: Labels) -> Tensor:
