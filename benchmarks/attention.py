@@ -100,7 +100,7 @@ def count_padding(longest: int) -> dict[str, float]:
     fractions = {
         budget: Batching(
             micro_batch_size=4, max_tokens_per_microbatch=budget, dp_size=8, length_multiple=8
-        ).padding_fraction(lengths)
+        ).padding_fraction([lengths])
         for budget in (None, 2 * longest)
     }
     padded, packed = fractions.values()

@@ -43,8 +43,7 @@ def export(student: Student, model: Qwen3Config, *, reference: str, target: Path
     partial = target.with_name(f".{target.name}.partial")
     is_first = dist.get_rank() == 0
     student.finish_param_gather()
-    dtype = next(student.chunks[0].parameters()).dtype
-    agreed(lambda: _copy_other_files(Path(reference), partial, dtype) if is_first else None)
+    agreed(lambda: _copy_other_files(student, Path(reference), partial) if is_first else None)
     written = agreed(lambda: _write_stage(student, model, layout, partial))
     by_rank: list[dict[str, dict[str, int]]] = [{} for _ in range(dist.get_world_size())]
     dist.all_gather_object(by_rank, written)
@@ -52,10 +51,10 @@ def export(student: Student, model: Qwen3Config, *, reference: str, target: Path
     return target
 
 
-def _copy_other_files(reference: Path, partial: Path, dtype: torch.dtype) -> None:
+def _copy_other_files(student: Student, reference: Path, partial: Path) -> None:
     config = read_json(reference / "config.json", "student.path")
     stated = "dtype" if "dtype" in config else "torch_dtype"
-    dtype_name = str(dtype).removeprefix("torch.")
+    dtype_name = str(next(student.chunks[0].parameters()).dtype).removeprefix("torch.")
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
@@ -73,7 +72,7 @@ def _write_stage(
     student: Student, model: Qwen3Config, layout: Layout, partial: Path
 ) -> dict[str, dict[str, int]]:
     """Return file -> tensor -> bytes of what was written: empty but on a stage's one writer."""
-    writes = layout.tp_rank == 0 and layout.dp_rank == 0
+    writes = layout.holds_model and layout.tp_rank == 0 and layout.dp_rank == 0
     written: dict[str, dict[str, int]] = {}
     pending: dict[str, Tensor] = {}
     failure: InputError | None = None

@@ -23,7 +23,10 @@ _RESHARDABLE = {
 
 
 class RunState:
-    """Student, optimizer, schedule, random states and prompt cursor, saved and loaded together."""
+    """Student, optimizer, schedule, random states and prompt cursor, saved and loaded together.
+
+    Ranks without the student have only random states and the cursor to save.
+    """
 
     def __init__(
         self, student: Student, model: Qwen3Config, prompts: PromptStream, store: CheckpointStore
@@ -37,7 +40,8 @@ class RunState:
         """Return the published checkpoint of the state after `step`. Called by all ranks."""
         state = self._sharded_state(is_loading=False)
         state["rng"] = _own_rng(_rng_state())
-        state["schedule"] = self._student.schedule.state_dict()
+        if self._student.layout.holds_model:
+            state["schedule"] = self._student.schedule.state_dict()
         state["run"] = {
             "step": step,
             "prompts": self._prompts.state_dict(),
@@ -70,7 +74,8 @@ class RunState:
                 f"{run['model'].get(differing[0])}, student.path has {self._model[differing[0]]}; "
                 "set student.path back, or choose another output_dir"
             )
-        _start_adam(self._student.optimizer)
+        if self._student.layout.holds_model:
+            _start_adam(self._student.optimizer)
         state = self._sharded_state(is_loading=True)
         same_world = run["world_size"] == dist.get_world_size()
         if same_world:
@@ -78,8 +83,9 @@ class RunState:
         loaded = sharded.load(state, checkpoint)
         for number, chunk in enumerate(self._student.chunks):
             chunk.load_state_dict(loaded["model"][number], strict=False)
-        _load_optimizer(self._student.optimizer, loaded["optimizer"])
-        self._student.schedule.load_state_dict(loaded["schedule"])
+        if self._student.layout.holds_model:
+            _load_optimizer(self._student.optimizer, loaded["optimizer"])
+            self._student.schedule.load_state_dict(loaded["schedule"])
         self._prompts.load_state_dict(run["prompts"])
         if same_world:
             _set_rng_state(loaded["rng"])
@@ -91,6 +97,8 @@ class RunState:
         The optimizer is a state by number: that of all weights, or of those outside the experts and
         of the experts, where other ranks hold copies of these than of the rest.
         """
+        if not self._student.layout.holds_model:
+            return {}
         self._student.finish_param_gather()
         model = {
             number: {

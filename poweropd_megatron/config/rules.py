@@ -5,10 +5,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
-from poweropd_megatron.config.choices import divisors, listed, multiples_around
-from poweropd_megatron.config.experts import check_expert_ranks, check_experts
+from poweropd_megatron.config.choices import divisors, listed
+from poweropd_megatron.config.experts import check_experts
 from poweropd_megatron.config.pipeline import check_pipeline
 from poweropd_megatron.config.ranges import check_ranges
+from poweropd_megatron.config.ranks import check_ranks
 from poweropd_megatron.config.schema import (
     DataConfig,
     EvalConfig,
@@ -30,9 +31,12 @@ CHANGEABLE_ON_RESUME = (
     "student.megatron*",
     "teacher.parallel.*",
     "teacher.megatron*",
+    "teacher.num_ranks",
+    "teacher.offload",
     "teacher.micro_batch_size",
     "teacher.max_tokens_per_microbatch",
     "rollout.micro_batch_size",
+    "rollout.num_parts",
     "objective.head",
     "eval.interval",
     "checkpoint.*",
@@ -61,11 +65,9 @@ def check(config: TrainConfig, world_size: int | None = None) -> None:
     for name, model in (("student", config.student), ("teacher", config.teacher)):
         _check_sequence_parallel(name, model.parallel)
         _check_virtual_pipeline(name, model.parallel)
-        if world_size is not None:
-            _check_ranks(name, model.parallel, world_size)
-            check_expert_ranks(name, model.parallel, world_size)
+    _check_teacher_ranks(config)
     if world_size is not None:
-        _check_data_parallel_batch(config, world_size)
+        check_ranks(config, world_size)
 
 
 def check_model_layout(
@@ -196,6 +198,25 @@ def _check_samples(config: TrainConfig) -> None:
         )
 
 
+def _check_teacher_ranks(config: TrainConfig) -> None:
+    parts, batch = config.rollout.num_parts, config.global_batch_size
+    if parts > 1 and config.teacher.num_ranks is None:
+        raise ConfigError(
+            f"rollout.num_parts = {parts} needs teacher.num_ranks: a teacher that shares the "
+            "student's ranks can't score while they generate. Set that, or rollout.num_parts = 1"
+        )
+    if config.teacher.offload and config.teacher.num_ranks is not None:
+        raise ConfigError(
+            "teacher.offload = true makes room for the student, which with teacher.num_ranks = "
+            f"{config.teacher.num_ranks} is on other ranks: leave out either"
+        )
+    if batch % parts:
+        raise ConfigError(
+            f"rollout.num_parts = {parts} must divide global_batch_size = {batch}; "
+            f"{listed(divisors(batch))} would work"
+        )
+
+
 def _check_sequence_parallel(name: str, parallel: ParallelConfig) -> None:
     if parallel.sequence_parallel and parallel.tensor_model_parallel_size == 1:
         raise ConfigError(
@@ -212,42 +233,6 @@ def _check_virtual_pipeline(name: str, parallel: ParallelConfig) -> None:
             f"{name}.parallel.virtual_pipeline_model_parallel_size = {chunks} needs "
             f"{name}.parallel.pipeline_model_parallel_size > 1, not 1: raise it, or leave out "
             "virtual_pipeline_model_parallel_size"
-        )
-
-
-def _check_ranks(name: str, parallel: ParallelConfig, world_size: int) -> None:
-    tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    size = parallel.model_parallel_size
-    if world_size % size:
-        raise ConfigError(
-            f"{name}.parallel.tensor_model_parallel_size = {tensor} times "
-            f"{name}.parallel.pipeline_model_parallel_size = {pipeline} must divide the number of "
-            f"ranks ({world_size}): start {listed(multiples_around(world_size, size))} ranks, "
-            f"or choose sizes whose product is {listed(divisors(world_size))}"
-        )
-
-
-def _check_data_parallel_batch(config: TrainConfig, world_size: int) -> None:
-    batch, micro = config.global_batch_size, config.micro_batch_size
-    data_parallel = world_size // config.student.parallel.model_parallel_size
-    if config.max_tokens_per_microbatch is not None:
-        if batch < data_parallel:
-            raise ConfigError(
-                f"global_batch_size = {batch} must be at least the student's data-parallel size = "
-                f"{data_parallel} ({world_size} ranks / "
-                f"{config.student.parallel.model_parallel_size} model-parallel): each rank needs a "
-                "response"
-            )
-        return
-    if batch % (micro * data_parallel):
-        step = math.lcm(micro * data_parallel, config.rollout.num_samples_per_prompt)
-        fix = f"set global_batch_size to {listed(multiples_around(batch, step))}"
-        if batch % data_parallel == 0:
-            fix += f", or micro_batch_size to {listed(divisors(batch // data_parallel))}"
-        raise ConfigError(
-            f"global_batch_size = {batch} must be a multiple of micro_batch_size = {micro} times "
-            f"the student's data-parallel size = {data_parallel} ({world_size} ranks / "
-            f"{config.student.parallel.model_parallel_size} model-parallel): {fix}"
         )
 
 

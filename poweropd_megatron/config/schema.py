@@ -64,6 +64,11 @@ class TeacherConfig:
     max_tokens_per_microbatch: int | None = None
     """Pack whole sequences into teacher forwards of at most this many tokens, as the student's
     setting of that name does for the student; neither model's setting affects the other."""
+    num_ranks: int | None = None
+    """Ranks that hold the teacher alone, the last of the job; the student has the others. By
+    default both models share all ranks."""
+    offload: bool = False
+    """Keep the teacher's weights in pinned CPU memory except while it scores."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     megatron: dict[str, Any] = field(default_factory=dict)
     """The same for the teacher: how the layers are dealt out over pipeline stages."""
@@ -85,6 +90,9 @@ class RolloutConfig:
     """Keep the k most likely tokens; 0 keeps all."""
     micro_batch_size: int = 64
     """Sequences decoded together on each data-parallel rank (bounds the KV cache)."""
+    num_parts: int = 1
+    """Parts that the responses of a step are generated in, one after the other: a teacher on ranks
+    of its own (teacher.num_ranks) scores each while the student generates the next."""
     cuda_graph: bool = True
     """On GPUs, for dense models without pipeline parallelism: record each decoding step and replay
     it; several times faster, for some memory."""

@@ -1,6 +1,6 @@
 """A Qwen3 on Megatron-Core, its weights taken straight from a Hugging Face folder."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Any, cast
 
@@ -102,7 +102,8 @@ def build_model(
 ) -> list[GPTModel]:
     """Return this rank's model chunks, in pipeline order, with weights loaded. Called by all ranks.
 
-    A rank has one chunk; with a virtual pipeline it has one of each round through the stages.
+    A rank has one chunk; with a virtual pipeline it has one of each round through the stages. Ranks
+    outside the layout have none.
 
     Raises: InputError on all ranks if the folder's tensors don't fit its config.json.
     Cost: each rank reads its own slices; no collective but the tied embedding's in GPTModel and
@@ -110,9 +111,10 @@ def build_model(
     """
     config = transformer_config(model, layout.parallel, dtype, megatron)
     rounds = config.virtual_pipeline_model_parallel_size
+    stages: Iterable[int | None] = [None] if rounds is None else range(rounds)
     chunks = [
         _build_chunk(model, config, layout, vp_stage=vp_stage)
-        for vp_stage in ([None] if rounds is None else range(rounds))
+        for vp_stage in (stages if layout.holds_model else ())
     ]
 
     def load() -> None:

@@ -33,11 +33,21 @@ _EXPERT_GROUPS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """This rank's place in one model's process groups: the student's or the teacher's."""
+    """This rank's place in one model's process groups: the student's or the teacher's.
+
+    `ranks` hold the model. On the others of the job, which have no groups and no place, the sizes
+    and `holds_model` can still be asked for.
+    """
 
     parallel: ParallelConfig
+    ranks: range
     groups: ProcessGroupCollection
     device: torch.device
+
+    @property
+    def holds_model(self) -> bool:
+        """Return True if this rank has a part of the model."""
+        return dist.get_rank() in self.ranks
 
     @property
     def tp_rank(self) -> int:
@@ -47,7 +57,7 @@ class Layout:
     @property
     def tp_size(self) -> int:
         """Return how many ranks share each layer."""
-        return dist.get_world_size(self.groups.tp)
+        return self.parallel.tensor_model_parallel_size
 
     @property
     def pp_rank(self) -> int:
@@ -57,7 +67,7 @@ class Layout:
     @property
     def pp_size(self) -> int:
         """Return the number of pipeline stages."""
-        return dist.get_world_size(self.groups.pp)
+        return self.parallel.pipeline_model_parallel_size
 
     @property
     def dp_rank(self) -> int:
@@ -67,7 +77,7 @@ class Layout:
     @property
     def dp_size(self) -> int:
         """Return the number of model copies."""
-        return dist.get_world_size(self.groups.dp)
+        return len(self.ranks) // self.parallel.model_parallel_size
 
     @property
     def ep_rank(self) -> int:
@@ -77,7 +87,7 @@ class Layout:
     @property
     def ep_size(self) -> int:
         """Return how many ranks share the experts."""
-        return dist.get_world_size(self.groups.ep)
+        return self.parallel.expert_model_parallel_size
 
     @property
     def copies_in_step(self) -> range:
@@ -100,7 +110,7 @@ class Layout:
     @property
     def speaks_for_model(self) -> bool:
         """Return True on one rank of each model copy: the first that sees the head's results."""
-        return self.is_last_stage and self.tp_rank == 0
+        return self.holds_model and self.is_last_stage and self.tp_rank == 0
 
     @property
     def speaker(self) -> int:
@@ -109,32 +119,51 @@ class Layout:
         return last_stage - self.tp_rank
 
 
-def student_layout(parallel: ParallelConfig, device: torch.device, *, seed: int) -> Layout:
-    """Return the student's layout, after setting up Megatron's own parallel state with it.
+def student_layout(
+    parallel: ParallelConfig, device: torch.device, *, seed: int, ranks: range | None = None
+) -> Layout:
+    """Return the student's layout over its ranks, after setting up Megatron's parallel state.
 
+    Called by all ranks of the job; ranks: by default all, else those from 0 on.
     Order of ranks, as Megatron's default: tensor fastest, then data, then pipeline.
     """
+    ranks = ranks or range(dist.get_world_size())
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
         expert_model_parallel_size=parallel.expert_model_parallel_size,
         expert_tensor_parallel_size=1,
+        rank_offset=ranks.start,
+        local_world_size=len(ranks),
     )
-    tensor_parallel.model_parallel_cuda_manual_seed(seed)
-    groups = ProcessGroupCollection.use_mpu_process_groups()
-    return Layout(parallel=parallel, groups=groups, device=device)
+    if dist.get_rank() in ranks:
+        tensor_parallel.model_parallel_cuda_manual_seed(seed)
+        groups = ProcessGroupCollection.use_mpu_process_groups()
+    else:
+        tensor_parallel.model_parallel_cuda_manual_seed(seed, tp_rank=0, ep_rank=0, etp_rank=0)
+        groups = ProcessGroupCollection()
+    return Layout(parallel=parallel, ranks=ranks, groups=groups, device=device)
 
 
-def teacher_layout(parallel: ParallelConfig, student: Layout) -> Layout:
-    """Return the teacher's layout over the same ranks: the student's if both are cut alike."""
-    if parallel == student.parallel:
+def teacher_layout(
+    parallel: ParallelConfig, student: Layout, *, ranks: range | None = None
+) -> Layout:
+    """Return the teacher's layout over its ranks, by default the student's.
+
+    Called by all ranks of the job. It is the student's layout if both are cut alike.
+    """
+    ranks = ranks or student.ranks
+    if ranks == student.ranks and parallel == student.parallel:
         return student
     tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     expert = parallel.expert_model_parallel_size
-    per_stage = dist.get_world_size() // pipeline
+    per_stage = len(ranks) // pipeline
     grid = HyperCommGrid(
-        [tensor, 1, per_stage // tensor, pipeline], _GRID_DIMS, backend=dist.get_backend()
+        [tensor, 1, per_stage // tensor, pipeline],
+        _GRID_DIMS,
+        rank_offset=ranks.start,
+        backend=dist.get_backend(),
     )
     grid.register_view(
         "expert", [1, expert, per_stage // expert, pipeline], _EXPERT_DIMS, shared_dims=["pp"]
@@ -145,4 +174,4 @@ def teacher_layout(parallel: ParallelConfig, student: Layout) -> Layout:
     for name, dims in _EXPERT_GROUPS.items():
         setattr(groups, name, grid.create_pg(dims, view="expert"))
     groups.embd = groups.pos_embd = None
-    return Layout(parallel=parallel, groups=groups, device=student.device)
+    return Layout(parallel=parallel, ranks=ranks, groups=groups, device=student.device)

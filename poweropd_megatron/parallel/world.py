@@ -96,6 +96,26 @@ def share_rows(
     return whole.cpu()
 
 
+def told_by_first_rank(values: Tensor, *, device: torch.device) -> Tensor:
+    """Return rank 0's values on every rank, on the CPU; the others bring a tensor of that shape.
+
+    Cost: one broadcast.
+    """
+    told = values.to(device)
+    dist.broadcast(told, src=0)
+    return told.cpu()
+
+
+def largest(values: Tensor, *, device: torch.device) -> Tensor:
+    """Return the largest of all ranks' values, element by element, on the CPU of every rank.
+
+    Cost: one all_reduce.
+    """
+    most = values.to(device)
+    dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    return most.cpu()
+
+
 def own_rows(num_rows: int, *, rank: int, size: int) -> Tensor:
     """Return the indices of the rows that data-parallel rank `rank` of `size` works on."""
     return torch.arange(num_rows).tensor_split(size)[rank]

@@ -17,10 +17,11 @@ class RolloutEngine(Protocol):
         *,
         stream: tuple[int, ...],
         weight_version: int,
+        first_sequence: int = 0,
     ) -> Trajectories:
         """Return one response for each prompt, in order, the same on every rank.
 
         `stream` tells this call's random numbers from those of other calls, such as (purpose,
-        step).
+        step); `first_sequence` is the first prompt's number in its stream.
         """
         ...

@@ -56,7 +56,7 @@ class MegatronRolloutEngine:
         self._logits_dtype = logits_dtype
         self._seed = seed
         # Tokens for experts are counted on the CPU before each exchange: no graph can do that.
-        has_experts = chunks[0].config.num_moe_experts is not None
+        has_experts = any(chunk.config.num_moe_experts is not None for chunk in chunks)
         self._with_graph = (
             cuda_graph and layout.device.type == "cuda" and layout.pp_size == 1 and not has_experts
         )
@@ -70,24 +70,18 @@ class MegatronRolloutEngine:
         *,
         stream: tuple[int, ...],
         weight_version: int,
+        first_sequence: int = 0,
     ) -> Trajectories:
         """Return one response for each prompt; see RolloutEngine.
 
+        Called by all ranks of the job; those without the student only learn the trajectories.
         Raises: NonFiniteError on every rank if the student's log-probs were NaN.
         Cost: one forward a token and micro-batch; with TP a gather of the logits and with TP or PP
         a broadcast of the tokens each, as with shared experts an all_reduce of one number; at the
         end one all_reduce of each field of the trajectories.
         """
-        layout = self._layout
-        rows = own_rows(len(prompts), rank=layout.dp_rank, size=layout.dp_size)
-        most = most_rows(len(prompts), ranks=layout.copies_in_step, size=layout.dp_size)
-        responses = Responses.empty(len(rows), sampling.max_new_tokens)
-        with decoding_mode(self._chunks, layout):
-            for start in range(0, most, self._micro_batch_size):
-                part = torch.arange(len(rows))[start : start + self._micro_batch_size]
-                own_prompts = [prompts[i] for i in rows[part].tolist()]
-                self._decode(own_prompts, rows[part], part, responses, sampling, stream)
-        trajectories = responses.assemble(prompts, rows, layout, weight_version)
+        rows, responses = self._respond(prompts, sampling, stream, first_sequence)
+        trajectories = responses.assemble(prompts, rows, self._layout, weight_version)
         check_finite(
             "log-probs of the rollout",
             trajectories.behaviour_logp_BT,
@@ -95,6 +89,29 @@ class MegatronRolloutEngine:
             may_be_impossible=True,
         )
         return trajectories
+
+    def _respond(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        stream: tuple[int, ...],
+        first_sequence: int,
+    ) -> tuple[Tensor, Responses]:
+        """Return the numbers of this rank's prompts, and their responses."""
+        layout = self._layout
+        if not layout.holds_model:
+            none = torch.zeros(0, dtype=torch.int64)
+            return none, Responses.empty(0, sampling.max_new_tokens)
+        rows = own_rows(len(prompts), rank=layout.dp_rank, size=layout.dp_size)
+        most = most_rows(len(prompts), ranks=layout.copies_in_step, size=layout.dp_size)
+        responses = Responses.empty(len(rows), sampling.max_new_tokens)
+        with decoding_mode(self._chunks, layout):
+            for start in range(0, most, self._micro_batch_size):
+                part = torch.arange(len(rows))[start : start + self._micro_batch_size]
+                own_prompts = [prompts[i] for i in rows[part].tolist()]
+                sequences = rows[part] + first_sequence
+                self._decode(own_prompts, sequences, part, responses, sampling, stream)
+        return rows, responses
 
     def _decode(
         self,
@@ -105,7 +122,7 @@ class MegatronRolloutEngine:
         sampling: Sampling,
         stream: tuple[int, ...],
     ) -> None:
-        """Decode prompts, number `sequences` of the batch, into their slots of `responses`.
+        """Decode prompts, number `sequences` of the stream, into their slots of `responses`.
 
         Without prompts, keep the ranks company that share experts with this one.
         """

@@ -3,6 +3,7 @@
 Shapes: B sequences, T tokens of the longest sequence (prompt and response), right-padded.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +32,32 @@ class Trajectories:
     behaviour_logp_BT: Tensor
     truncated_mass_BT: Tensor
     weight_version: int
+
+    @classmethod
+    def joined(cls, parts: Sequence["Trajectories"]) -> "Trajectories":
+        """Return the sequences of several rollouts with the same weights, one after the other."""
+        width = max(part.token_ids_BT.shape[1] for part in parts)
+
+        def stacked(field: str) -> Tensor:
+            tensors = [getattr(part, field) for part in parts]
+            return torch.cat(
+                [
+                    torch.nn.functional.pad(tensor, (0, width - tensor.shape[1]))
+                    if tensor.dim() == 2
+                    else tensor
+                    for tensor in tensors
+                ]
+            )
+
+        return cls(
+            token_ids_BT=stacked("token_ids_BT"),
+            prompt_lengths_B=stacked("prompt_lengths_B"),
+            total_lengths_B=stacked("total_lengths_B"),
+            finish_B=stacked("finish_B"),
+            behaviour_logp_BT=stacked("behaviour_logp_BT"),
+            truncated_mass_BT=stacked("truncated_mass_BT"),
+            weight_version=parts[0].weight_version,
+        )
 
     @property
     def num_sequences(self) -> int:

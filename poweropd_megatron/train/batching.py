@@ -83,14 +83,18 @@ class Batching:
         width = -(-max(needed, 1) // self.length_multiple) * self.length_multiple
         return (1 if self.is_packed else max(len(lengths), 1)), width
 
-    def padding_fraction(self, lengths: Sequence[int]) -> float:
-        """Return which share of the positions that the model computes is padding."""
+    def padding_fraction(self, batches: Sequence[Sequence[int]]) -> float:
+        """Return which share of the positions that the model computes for all batches is padding.
+
+        Each batch is its sequences' lengths.
+        """
         shapes = [
             self.input_shape([lengths[row] for row in rows])
+            for lengths in batches
             for packs in self.plan(lengths)
             for rows in packs
         ]
-        return 1 - sum(lengths) / sum(rows * width for rows, width in shapes)
+        return 1 - sum(map(sum, batches)) / sum(rows * width for rows, width in shapes)
 
     def oversized(self, lengths: Sequence[int]) -> list[int]:
         """Return the lengths beyond max_tokens_per_microbatch: each a micro-batch by itself."""

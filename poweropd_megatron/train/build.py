@@ -7,6 +7,7 @@ import torch.distributed as dist
 
 from poweropd_megatron.checkpoint.run_state import RunState
 from poweropd_megatron.checkpoint.store import CheckpointStore
+from poweropd_megatron.config.ranks import student_ranks, teacher_ranks
 from poweropd_megatron.config.schema import TrainConfig
 from poweropd_megatron.data.prompts import PromptStream
 from poweropd_megatron.models.build import TORCH_DTYPES
@@ -29,9 +30,14 @@ def build_run(config: TrainConfig, inputs: RunInputs, device: torch.device) -> R
     Raises: InputError on all ranks if a folder's tensors don't fit its config.json.
     """
     cpu_device.install()
-    layout = student_layout(config.student.parallel, device, seed=config.seed)
+    world_size = dist.get_world_size()
+    layout = student_layout(
+        config.student.parallel, device, seed=config.seed, ranks=student_ranks(config, world_size)
+    )
     student = Student(config, inputs.student, layout)
-    frozen_layout = teacher_layout(config.teacher.parallel, layout)
+    frozen_layout = teacher_layout(
+        config.teacher.parallel, layout, ranks=teacher_ranks(config, world_size)
+    )
     logits_dtype = config.objective.logits_dtype
     teacher = Teacher(config.teacher, inputs.teacher, frozen_layout, logits_dtype=logits_dtype)
     engine = MegatronRolloutEngine(

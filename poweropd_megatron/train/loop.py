@@ -6,10 +6,11 @@ from poweropd_megatron.checkpoint.run_state import RunState
 from poweropd_megatron.checkpoint.store import CheckpointStore
 from poweropd_megatron.config.schema import TrainConfig
 from poweropd_megatron.data.prompts import PromptStream
-from poweropd_megatron.objectives.labels import label
+from poweropd_megatron.objectives.labels import Labels, label
 from poweropd_megatron.objectives.rewards import Reward
 from poweropd_megatron.rollout.engine import RolloutEngine
 from poweropd_megatron.rollout.sampling import Sampling
+from poweropd_megatron.rollout.trajectories import Trajectories
 from poweropd_megatron.train.clock import Clock
 from poweropd_megatron.train.evaluation import Evaluation, Evaluator
 from poweropd_megatron.train.recorder import Recorder
@@ -20,7 +21,7 @@ from poweropd_megatron.train.step_metrics import (
     step_metrics,
 )
 from poweropd_megatron.train.student import Student
-from poweropd_megatron.train.teacher import Teacher
+from poweropd_megatron.train.teacher import OwnScores, Teacher
 
 TRAIN_STREAM = 0
 """First number of the random streams of training rollouts."""
@@ -48,20 +49,10 @@ def train(run: Run, *, first_step: int) -> None:
     """Run the steps from first_step to train_steps. Called by all ranks."""
     config, clock = run.config, Clock()
     for step in range(first_step, config.train_steps + 1):
-        with clock.phase("rollout"):
-            run.recorder.phase("rollout")
-            trajectories = run.rollout.generate(
-                _next_prompts(run),
-                run.sampling,
-                stream=(TRAIN_STREAM, step),
-                weight_version=step - 1,
-            )
+        trajectories, scores = _generate_and_score(run, step, clock)
         with clock.phase("teacher"):
-            run.recorder.phase("teacher")
-            labels = label(
-                trajectories, config.objective.terminal, teacher_eos_id=run.teacher_eos_id
-            )
-            teacher_logp_BT = run.teacher.score(trajectories, labels)
+            labels = _label(run, trajectories)
+            teacher_logp_BT = run.teacher.shared(scores)
         with clock.phase("student"):
             run.recorder.phase("student")
             outcome = run.student.update(trajectories, labels, teacher_logp_BT, run.reward)
@@ -77,8 +68,9 @@ def train(run: Run, *, first_step: int) -> None:
         run.recorder.step(
             step,
             step_metrics(*facts)
-            | padding_metrics(batchings, lengths_B)
-            | speed_metrics(clock.read(), trajectories),
+            | padding_metrics(batchings, lengths_B, num_parts=config.rollout.num_parts)
+            | speed_metrics(clock.read(), trajectories)
+            | run.teacher.read_cost(),
             diagnostics=step_diagnostics(*facts)
             if _is_due(step, config.telemetry.diagnostics_interval, config.train_steps)
             else None,
@@ -107,6 +99,36 @@ def save(run: Run, step: int) -> None:
             run.checkpoints.prune(run.config.checkpoint.keep_last)
         except OSError as error:
             run.recorder.warning(f"an old checkpoint can't be deleted: {error}")
+
+
+def _generate_and_score(run: Run, step: int, clock: Clock) -> tuple[Trajectories, list[OwnScores]]:
+    """Return the trajectories of a step, and what this rank's teacher scored of each part of them.
+
+    Ranks of the teacher alone only wait for a part, and those of the student alone don't score it:
+    so each part is scored while the next one is generated.
+    """
+    prompts, parts, scores = _next_prompts(run), [], []
+    size = len(prompts) // run.config.rollout.num_parts
+    for start in range(0, len(prompts), size):
+        with clock.phase("rollout"):
+            run.recorder.phase("rollout")
+            part = run.rollout.generate(
+                prompts[start : start + size],
+                run.sampling,
+                stream=(TRAIN_STREAM, step),
+                weight_version=step - 1,
+                first_sequence=start,
+            )
+        with clock.phase("teacher"):
+            run.recorder.phase("teacher")
+            scores.append(run.teacher.score_own(part, _label(run, part)))
+        parts.append(part)
+    return Trajectories.joined(parts), scores
+
+
+def _label(run: Run, trajectories: Trajectories) -> Labels:
+    terminal = run.config.objective.terminal
+    return label(trajectories, terminal, teacher_eos_id=run.teacher_eos_id)
 
 
 def _next_prompts(run: Run) -> list[tuple[int, ...]]:

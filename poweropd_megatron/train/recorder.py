@@ -84,6 +84,7 @@ class Recorder:
                 + (f", EP {parallel.expert_model_parallel_size}" if experts else "")
                 + (" with sequence parallelism" if parallel.sequence_parallel else "")
                 + (f", packed into micro-batches of up to {budget} tokens" if budget else "")
+                + (_own_ranks(config) if name == "teacher" else "")
             )
         num_eval = sum(len(prompts) for prompts in inputs.eval_prompts.values())
         self.info(
@@ -180,6 +181,14 @@ class Recorder:
         write_json_atomically(self.folder / "summary.json", summary)
         write_report(self.folder)
         self._console.finish(summary, self.folder)
+
+
+def _own_ranks(config: TrainConfig) -> str:
+    """Return where the teacher is and when, unless it shares the student's ranks all the time."""
+    own = config.teacher.num_ranks
+    if own is not None:
+        return f", on {own} {'rank' if own == 1 else 'ranks'} of its own"
+    return ", in CPU memory between scores" if config.teacher.offload else ""
 
 
 def summarise(records: list[dict[str, Any]], config: TrainConfig, export: Path) -> dict[str, Any]:

@@ -114,4 +114,5 @@ def _train(config: TrainConfig, inputs: RunInputs, device: torch.device) -> None
             reference=config.student.path,
             target=Path(config.output_dir) / EXPORT_NAME,
         )
+        run.teacher.check_unchanged()
         run.recorder.finish(folder)

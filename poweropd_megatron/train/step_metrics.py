@@ -63,10 +63,19 @@ def step_metrics(
     }
 
 
-def padding_metrics(batchings: Mapping[str, Batching], lengths: Sequence[int]) -> dict[str, float]:
-    """Return <model>/padding_fraction: the share of padding in what each model computed."""
+def padding_metrics(
+    batchings: Mapping[str, Batching], lengths: Sequence[int], *, num_parts: int
+) -> dict[str, float]:
+    """Return <model>/padding_fraction: the share of padding in what each model computed.
+
+    The teacher takes the batch in num_parts consecutive parts of one size.
+    """
+    size = len(lengths) // num_parts
+    parts = [lengths[start : start + size] for start in range(0, len(lengths), size)]
     return {
-        f"{model}/padding_fraction": batching.padding_fraction(lengths)
+        f"{model}/padding_fraction": batching.padding_fraction(
+            parts if model == "teacher" else [lengths]
+        )
         for model, batching in batchings.items()
     }
 

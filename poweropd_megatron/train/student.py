@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -25,7 +26,7 @@ from poweropd_megatron.objectives.labels import Labels
 from poweropd_megatron.objectives.rewards import Reward
 from poweropd_megatron.ops.fused_policy_gradient import PolicyGradient
 from poweropd_megatron.parallel.layout import Layout
-from poweropd_megatron.parallel.world import share_rows
+from poweropd_megatron.parallel.world import share_rows, told_by_first_rank
 from poweropd_megatron.rollout.trajectories import Trajectories
 from poweropd_megatron.train.batching import Batching
 from poweropd_megatron.train.ddp import finish_param_gather, start_param_gather, wrap
@@ -51,7 +52,10 @@ class StudentOutcome:
 
 
 class Student:
-    """A Qwen3 that learns: DistributedDataParallel, Megatron's Adam and learning-rate schedule."""
+    """A Qwen3 that learns: DistributedDataParallel, Megatron's Adam and learning-rate schedule.
+
+    On ranks without the student it has no chunks, no optimizer and no schedule.
+    """
 
     def __init__(self, config: TrainConfig, model: Qwen3Config, layout: Layout) -> None:
         """Load the student's shards and build the optimizer over them.
@@ -70,18 +74,21 @@ class Student:
             setting="student.path",
             megatron=config.student.megatron,
         )
-        schedule = self.chunks[0].config
         self.batching = Batching.of(
             layout,
             micro_batch_size=config.micro_batch_size,
             max_tokens_per_microbatch=config.max_tokens_per_microbatch,
-            num_microbatches_multiple=schedule.microbatch_group_size_per_vp_stage
+            num_microbatches_multiple=self.chunks[0].config.microbatch_group_size_per_vp_stage
             if len(self.chunks) > 1
             else 1,
         )
-        self._ddps = wrap(self.chunks, config)
-        self.optimizer, self.schedule = _build_optimizer(config, self._ddps)
-        start_param_gather(self._ddps)
+        self._ddps: list[DistributedDataParallel] = []
+        if layout.holds_model:
+            self._ddps = wrap(self.chunks, config)
+            self.optimizer, self.schedule = _build_optimizer(config, self._ddps)
+            start_param_gather(self._ddps)
+        else:
+            _join_building_of_optimizer()
 
     def finish_param_gather(self) -> None:
         """Wait for the weights that are still on their way; before they are saved or replaced."""
@@ -96,43 +103,55 @@ class Student:
     ) -> StudentOutcome:
         """Return the outcome of one forward, backward and optimizer step over the whole batch.
 
+        Called by all ranks of the job; those without the student only learn what came of it.
         log p_S comes out of the forward that is differentiated, so the reward is never stale. Each
         rank works on its data-parallel share; the gradient is that of the mean over all tokens in
         the loss of the global batch.
         Raises: NonFiniteError on every rank, before the weights change, if a log-prob or the
         gradient isn't finite.
         """
-        micro_batches = cut_batch(
-            trajectories, labels.mask_BT, self.batching, dp_rank=self.layout.dp_rank
-        )
-        for ddp in self._ddps:
-            ddp.zero_grad_buffer()
-        self.optimizer.zero_grad()
-        results = get_forward_backward_func()(
-            forward_step_func=partial(
-                self._forward_step, labels=labels, teacher_logp_BT=teacher_logp_BT, reward=reward
-            ),
-            data_iterator=[iter(micro_batches) for _ in self._ddps],
-            model=self._ddps,
-            num_microbatches=len(micro_batches),
-            seq_length=trajectories.token_ids_BT.shape[1],
-            micro_batch_size=self.batching.micro_batch_size,
-        )
+        holds_model = self.layout.holds_model
+        micro_batches: list[MicroBatch] = []
+        results: list[tuple[MicroBatch, PolicyGradient]] = []
+        if holds_model:
+            micro_batches = cut_batch(
+                trajectories, labels.mask_BT, self.batching, dp_rank=self.layout.dp_rank
+            )
+            for ddp in self._ddps:
+                ddp.zero_grad_buffer()
+            self.optimizer.zero_grad()
+            results = get_forward_backward_func()(
+                forward_step_func=partial(
+                    self._forward_step,
+                    labels=labels,
+                    teacher_logp_BT=teacher_logp_BT,
+                    reward=reward,
+                ),
+                data_iterator=[iter(micro_batches) for _ in self._ddps],
+                model=self._ddps,
+                num_microbatches=len(micro_batches),
+                seq_length=trajectories.token_ids_BT.shape[1],
+                micro_batch_size=self.batching.micro_batch_size,
+            )
         rows = rows_of(micro_batches)
         logp_BT, entropy_BT = self._collect(results, rows, trajectories.token_ids_BT.shape)
         check_finite("log-probs of the student", logp_BT, _ADVICE)
-        self.optimizer.prepare_grads()
-        norm = torch.tensor(float(self.optimizer.get_grad_norm()))
-        check_finite("gradient norm", norm, _ADVICE)
-        learning_rate = self.optimizer.param_groups[0]["lr"]
-        _, grad_norm, _ = self.optimizer.step()
-        start_param_gather(self._ddps)
-        self.schedule.step(increment=1)
+        facts = torch.zeros(2, dtype=torch.float64)
+        if holds_model:
+            self.optimizer.prepare_grads()
+            facts[0] = float(self.optimizer.get_grad_norm())
+            facts[1] = self.optimizer.param_groups[0]["lr"]
+        grad_norm, learning_rate = told_by_first_rank(facts, device=self.layout.device)
+        check_finite("gradient norm", grad_norm, _ADVICE)
+        if holds_model:
+            self.optimizer.step()
+            start_param_gather(self._ddps)
+            self.schedule.step(increment=1)
         return StudentOutcome(
             logp_BT=logp_BT,
             entropy_BT=entropy_BT,
             grad_norm=float(grad_norm),
-            learning_rate=learning_rate,
+            learning_rate=float(learning_rate),
         )
 
     def _forward_step(
@@ -197,6 +216,17 @@ class Student:
             device=self.layout.device,
         )
         return shared[:, 0], shared[:, 1]
+
+
+def _join_building_of_optimizer() -> None:
+    """Take part, without weights, in what get_megatron_optimizer exchanges among all ranks.
+
+    megatron-core 0.19.2 makes parameter groups alike over the whole job: those of the weights
+    outside experts, then those of experts.
+    """
+    for _ in range(2):
+        groups: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(groups, [])
 
 
 def _build_optimizer(

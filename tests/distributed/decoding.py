@@ -38,11 +38,19 @@ class Decoded:
 
 
 def decode_on_ranks(
-    parallel: ParallelConfig, folder: str, num_prompts: int, samplings: Sequence[Sampling]
+    parallel: ParallelConfig,
+    folder: str,
+    num_prompts: int,
+    samplings: Sequence[Sampling],
+    student_ranks: range | None = None,
+    part_size: int = len(PROMPTS),
 ) -> list[Trajectories]:
-    """Return what this rank got of the rollouts, which fill several micro-batches."""
+    """Return what this rank got of the rollouts, which fill several micro-batches.
+
+    The student is on all ranks unless its own are given.
+    """
     cpu_device.install()
-    layout = student_layout(parallel, torch.device("cpu"), seed=1)
+    layout = student_layout(parallel, torch.device("cpu"), seed=1, ranks=student_ranks)
     model = Qwen3Config.from_folder(folder, setting="student.path")
     config = TrainConfig(
         output_dir="unused",
@@ -62,8 +70,20 @@ def decode_on_ranks(
         logits_dtype=torch.float32,
         cuda_graph=True,
     )
+    prompts = PROMPTS[:num_prompts]
     return [
-        engine.generate(PROMPTS[:num_prompts], sampling, stream=STREAM, weight_version=0)
+        Trajectories.joined(
+            [
+                engine.generate(
+                    prompts[start : start + part_size],
+                    sampling,
+                    stream=STREAM,
+                    weight_version=0,
+                    first_sequence=start,
+                )
+                for start in range(0, num_prompts, part_size)
+            ]
+        )
         for sampling in samplings
     ]
 

@@ -33,6 +33,8 @@ def row(
     micro_batch_size: int = 2,
     max_tokens_per_microbatch: int | None = None,
     use_distributed_optimizer: bool = True,
+    teacher_ranks: int | None = None,
+    offload: bool = False,
     **megatron: Any,
 ) -> Row:
     """Return a row whose teacher has the student's layout unless it is given its own."""
@@ -44,6 +46,8 @@ def row(
         micro_batch_size=micro_batch_size,
         max_tokens_per_microbatch=max_tokens_per_microbatch,
         use_distributed_optimizer=use_distributed_optimizer,
+        teacher_ranks=teacher_ranks,
+        offload=offload,
         megatron=megatron,
     )
 

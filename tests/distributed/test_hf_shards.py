@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 import torch
+from gathering import whole_tensors
 from safetensors.torch import load_file
 from support import qwen3_folder
 from support.rank_pool import RankPool
 from torch import Tensor
-from training import whole_tensors
 
 from poweropd_megatron.config.pipeline import EMBEDDING, FIRST, LAST, LOSS, check_pipeline
 from poweropd_megatron.config.schema import DType, ParallelConfig

@@ -62,6 +62,7 @@ ROWS = [
         micro_batch_size=1,
         **OVERLAPPED,
     ),
+    row("disjoint-student-TP2-teacher-PP2", 4, parallel(2), parallel(1, 2), teacher_ranks=2),
 ]
 ROWS_UNTIED_ONLY = [
     row("student-DP2-teacher-TP2", 2, parallel(), parallel(2)),
@@ -146,6 +147,11 @@ ROWS_UNTIED_ONLY = [
         parallel(2, sequence=True),
         max_tokens_per_microbatch=10,
     ),
+    row("disjoint-1+1", 2, parallel(), teacher_ranks=1),
+    row("disjoint-2+1-student-TP2", 3, parallel(2), parallel(), teacher_ranks=1),
+    row("disjoint-student-DP2-teacher-TP2", 4, parallel(), parallel(2), teacher_ranks=2),
+    row("disjoint-student-PP2-teacher-DP2", 4, parallel(1, 2), parallel(), teacher_ranks=2),
+    row("TP2-teacher-offloaded", 2, parallel(2), offload=True),
 ]
 CASES = [(row, "tied") for row in ROWS] + [(row, "untied") for row in ROWS + ROWS_UNTIED_ONLY]
 

@@ -3,18 +3,18 @@
 Shapes: B sequences, T tokens, U updates.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import chain
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from megatron.core.models.gpt import GPTModel
+from gathering import gather_shares, whole_tensors
 from support.made_trajectories import make
 from torch import Tensor
 
+from poweropd_megatron.config.ranks import student_ranks, teacher_ranks
 from poweropd_megatron.config.schema import (
     DataConfig,
     DType,
@@ -25,13 +25,11 @@ from poweropd_megatron.config.schema import (
     TeacherConfig,
     TrainConfig,
 )
-from poweropd_megatron.models.build import layer_numbers
-from poweropd_megatron.models.hf_weights import to_hugging_face, weights_of
 from poweropd_megatron.models.qwen3 import Qwen3Config
 from poweropd_megatron.objectives.labels import Labels, label
 from poweropd_megatron.objectives.rewards import power_reward
 from poweropd_megatron.parallel import cpu_device
-from poweropd_megatron.parallel.layout import Layout, student_layout, teacher_layout
+from poweropd_megatron.parallel.layout import student_layout, teacher_layout
 from poweropd_megatron.rollout.megatron_engine import MegatronRolloutEngine
 from poweropd_megatron.rollout.sampling import Sampling
 from poweropd_megatron.rollout.trajectories import Trajectories
@@ -67,6 +65,10 @@ class Row:
     head: Literal["fused", "recompute", "materialized"] = "fused"
     megatron: dict[str, Any] = field(default_factory=dict)
     """student.megatron."""
+    teacher_ranks: int | None = None
+    """teacher.num_ranks."""
+    offload: bool = False
+    """teacher.offload."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,21 +156,29 @@ def build_models(
             parallel=row.teacher,
             micro_batch_size=2,
             max_tokens_per_microbatch=row.max_tokens_per_microbatch,
+            num_ranks=row.teacher_ranks,
+            offload=row.offload,
         ),
         objective=ObjectiveConfig(head=row.head),
         optimizer=replace(optimizer, use_distributed_optimizer=row.use_distributed_optimizer),
         data=DataConfig(train_files=["unused"]),
     )
-    layout = student_layout(row.student, torch.device("cpu"), seed=1)
+    layout = student_layout(
+        row.student,
+        torch.device("cpu"),
+        seed=1,
+        ranks=student_ranks(config, dist.get_world_size()),
+    )
+    of_teacher = teacher_layout(
+        row.teacher, layout, ranks=teacher_ranks(config, dist.get_world_size())
+    )
     student_model = Qwen3Config.from_folder(student_folder, setting="student.path")
     teacher_model = Qwen3Config.from_folder(teacher_folder, setting="teacher.path")
     trajectories = trajectories or fixed_trajectories()
     return Models(
         student=Student(config, student_model, layout),
         student_model=student_model,
-        teacher=Teacher(
-            config.teacher, teacher_model, teacher_layout(row.teacher, layout), logits_dtype="fp32"
-        ),
+        teacher=Teacher(config.teacher, teacher_model, of_teacher, logits_dtype="fp32"),
         trajectories=trajectories,
         labels=fixed_labels(trajectories),
     )
@@ -184,25 +194,30 @@ def update_on_ranks(
     """Return what this rank saw of the updates in a layout."""
     models = build_models(row, student_folder, teacher_folder, dtype, OPTIMIZER, trajectories)
     student = models.student
-    schedule = student.chunks[0].config
-    finalize_model_grads = schedule.finalize_model_grads_func
     gradients: list[dict[str, list[Tensor]]] = []
 
-    def finalize_and_record(model: list[Any], *args: Any, **kwargs: Any) -> None:
+    def finalize_and_record(
+        finalize_model_grads: Callable[..., None], model: list[Any], *args: Any, **kwargs: Any
+    ) -> None:
         finalize_model_grads(model, *args, **kwargs)
         if row.use_distributed_optimizer:
-            _gather_shares((ddp.buffers for ddp in model), student.layout.groups.dp)
-            _gather_shares(
+            gather_shares((ddp.buffers for ddp in model), student.layout.groups.dp)
+            gather_shares(
                 (ddp.expert_parallel_buffers for ddp in model), student.layout.groups.expt_dp
             )
         gradients.append(models.gather(lambda weight: weight.main_grad))
 
-    schedule.finalize_model_grads_func = finalize_and_record
+    if student.layout.holds_model:
+        schedule = student.chunks[0].config
+        schedule.finalize_model_grads_func = partial(
+            finalize_and_record, schedule.finalize_model_grads_func
+        )
     _roll_out(student)
     teacher_logp_BT = models.teacher.score(models.trajectories, models.labels)
     outcomes = [models.update(teacher_logp_BT) for _ in range(NUM_UPDATES)]
     student.finish_param_gather()
     weights = models.gather(lambda weight: weight)
+    first = gradients[0] if student.layout.holds_model else {"padding": []}
     logp_UBT = torch.stack([outcome.logp_BT for outcome in outcomes])
     return Measured(
         teacher_logp_BT=teacher_logp_BT,
@@ -210,8 +225,8 @@ def update_on_ranks(
         entropy_UBT=torch.stack([outcome.entropy_BT for outcome in outcomes]),
         loss_U=_loss(logp_UBT, teacher_logp_BT, models.labels),
         grad_norm_U=torch.tensor([outcome.grad_norm for outcome in outcomes]),
-        padding=gradients[0].pop("padding") + weights.pop("padding"),
-        gradients=gradients[0],
+        padding=first.pop("padding") + weights.pop("padding"),
+        gradients=first,
         weights=weights,
     )
 
@@ -231,58 +246,6 @@ def _roll_out(student: Student) -> None:
     engine.generate(
         [[1, 2, 3], [4], [5, 6]], Sampling(max_new_tokens=3), stream=(0,), weight_version=0
     )
-
-
-def whole_tensors(
-    chunks: Sequence[GPTModel],
-    layout: Layout,
-    model: Qwen3Config,
-    value_of: Callable[[Any], Tensor],
-) -> dict[str, list[Tensor]]:
-    """Return every copy of each tensor under its Hugging Face name, put together from all ranks.
-
-    Under "padding": the rows beyond the vocabulary.
-    """
-    rows = [
-        (weights[name], parameter)
-        for chunk in chunks
-        for weights in [
-            {
-                weight.megatron: weight
-                for weight in weights_of(
-                    model, layer_numbers(chunk), ep_rank=layout.ep_rank, ep_size=layout.ep_size
-                )
-            }
-        ]
-        for name, parameter in chunk.named_parameters()
-    ]
-    own: list[tuple[str, Tensor]] = []
-    for weight, parameter in rows:
-        value = value_of(parameter).detach().clone()
-        if weight.is_expert:
-            own += to_hugging_face(weight, [value], vocab_size=model.vocab_size)
-            continue
-        shards = [torch.empty_like(value) for _ in range(layout.tp_size)]
-        dist.all_gather(shards, value, group=layout.groups.tp)
-        copies = [[shard] for shard in shards] if weight.dim is None else [shards]
-        for copy in copies:
-            own += to_hugging_face(weight, copy, vocab_size=model.vocab_size)
-        if weight.is_vocabulary:
-            own.append(("padding", torch.cat(shards)[model.vocab_size :]))
-    by_rank: list[list[tuple[str, Tensor]]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(by_rank, own)
-    whole: dict[str, list[Tensor]] = {}
-    for name, tensor in (named for named_tensors in by_rank for named in named_tensors):
-        whole.setdefault(name, []).append(tensor)
-    return whole
-
-
-def _gather_shares(buffers: Iterable[list[Any]], dp_group: dist.ProcessGroup) -> None:
-    """Complete the gradients, of which the distributed optimizer leaves each rank a share."""
-    for buffer in chain.from_iterable(buffers):
-        for bucket in buffer.buckets:
-            shares = list(bucket.grad_data.chunk(dist.get_world_size(dp_group)))
-            dist.all_gather(shares, shares[dist.get_rank(dp_group)].clone(), group=dp_group)
 
 
 def _loss(logp_UBT: Tensor, teacher_logp_BT: Tensor, labels: Labels) -> Tensor:

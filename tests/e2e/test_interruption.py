@@ -45,10 +45,15 @@ def terminate_the_launcher(script):
     script.terminate()
 
 
-def test_a_run_is_interrupted_in_one_line_and_goes_on_by_the_same_command(tmp_path):
+@pytest.mark.parametrize(
+    ("tp", "changes"),
+    [(2, ()), (1, ("--teacher.num_ranks=1", "--rollout.num_parts=2"))],
+    ids=["TP2", "a-teacher-on-a-rank-of-its-own"],
+)
+def test_a_run_is_interrupted_in_one_line_and_goes_on_by_the_same_command(tmp_path, tp, changes):
     folder = tmp_path / "run"
-    arguments = settings(folder, "--data.eval_files=[]", "--eval.interval=0", steps=60, tp=2)
-    arguments += ["--optimizer.lr_decay_iters=60"]
+    arguments = settings(folder, "--data.eval_files=[]", "--eval.interval=0", steps=60, tp=tp)
+    arguments += ["--optimizer.lr_decay_iters=60", *changes]
     said = interrupted(arguments, folder, after=2, send=press_ctrl_c)
     last = max(steps_recorded(folder))
     assert last < 4, "it went on after the signal"

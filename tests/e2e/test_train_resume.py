@@ -3,47 +3,12 @@
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file
-from support.cli_run import Ended, metrics, rewound, settings, steps_recorded, train
-from torch import Tensor
+from support.cli_run import Ended, rewound, settings, steps_recorded, train
+from support.run_comparison import assert_bitwise_the_same, assert_the_same_up_to_rounding
 
 from poweropd_megatron.checkpoint.store import CheckpointStore
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
-
-
-def exported(folder: Path) -> dict[str, Tensor]:
-    """Return the tensors of a run's export."""
-    return {
-        name: tensor
-        for file in (folder / "export").glob("*.safetensors")
-        for name, tensor in load_file(file).items()
-    }
-
-
-def assert_bitwise_the_same(a: Path, b: Path) -> None:
-    """Fail unless two runs have the same records and exports, but for times."""
-    assert metrics(a) == metrics(b)
-    for name in ("diagnostics.jsonl", "samples.jsonl"):
-        assert (a / name).read_bytes() == (b / name).read_bytes()
-    tensors_a, tensors_b = exported(a), exported(b)
-    assert tensors_a.keys() == tensors_b.keys()
-    assert [name for name in tensors_a if not torch.equal(tensors_a[name], tensors_b[name])] == []
-
-
-def assert_the_same_up_to_rounding(before: Path, folder: Path) -> None:
-    """Fail unless a run that went on after step 4 came to what another run came to."""
-    there, here = metrics(before), metrics(folder)
-    assert here[:5] == there[:5]
-    for expected, found in zip(there[5:], here[5:], strict=True):
-        assert found["num_tokens"] == expected["num_tokens"]
-        assert found["loss"] == pytest.approx(expected["loss"], abs=1e-5)
-        assert found["reward/mean"] == pytest.approx(expected["reward/mean"], abs=1e-5)
-        assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-3)
-    expected_tensors = exported(before)
-    for name, tensor in exported(folder).items():
-        torch.testing.assert_close(tensor, expected_tensors[name], rtol=0, atol=1e-5)
 
 
 VIRTUAL = ("--student.parallel.virtual_pipeline_model_parallel_size=2",)

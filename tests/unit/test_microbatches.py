@@ -147,7 +147,7 @@ def test_the_padding_fraction_counts_the_positions_of_all_ranks(
     )
     lengths = trajectories.total_lengths_B.tolist()
     assert math.isclose(
-        batching.padding_fraction(lengths), 1 - sum(lengths) / num_positions, abs_tol=1e-12
+        batching.padding_fraction([lengths]), 1 - sum(lengths) / num_positions, abs_tol=1e-12
     )
 
 

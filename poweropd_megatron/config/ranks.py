@@ -1,0 +1,100 @@
+"""Which of the job's ranks hold which model, and whether the layouts fit them."""
+
+import math
+from typing import Literal
+
+from poweropd_megatron.config.choices import divisors, listed, multiples_around
+from poweropd_megatron.config.experts import check_expert_ranks
+from poweropd_megatron.config.schema import ParallelConfig, TrainConfig
+from poweropd_megatron.errors import ConfigError
+
+
+def student_ranks(config: TrainConfig, world_size: int) -> range:
+    """Return the ranks that hold the student: all, or the first with a teacher on its own."""
+    return range(world_size - (config.teacher.num_ranks or 0))
+
+
+def teacher_ranks(config: TrainConfig, world_size: int) -> range:
+    """Return the ranks that hold the teacher: all, or the last teacher.num_ranks."""
+    return range(world_size - (config.teacher.num_ranks or world_size), world_size)
+
+
+def check_ranks(config: TrainConfig, world_size: int) -> None:
+    """Return if both layouts fit the ranks that they have, and the batch the student's.
+
+    Raises: ConfigError that names the settings and what would work.
+    """
+    num_ranks = config.teacher.num_ranks
+    if num_ranks is not None and num_ranks >= world_size:
+        most = world_size - config.student.parallel.model_parallel_size
+        fix = f"use at most {most}, " if most > 0 else ""
+        raise ConfigError(
+            f"teacher.num_ranks = {num_ranks} leaves none of {world_size} ranks for the student: "
+            f"{fix}start at least {num_ranks + config.student.parallel.model_parallel_size} ranks, "
+            "or leave it out, and both models share all ranks"
+        )
+    _check_fit("student", config, world_size)
+    _check_fit("teacher", config, world_size)
+    _check_batch(config, len(student_ranks(config, world_size)))
+
+
+def _check_fit(name: Literal["student", "teacher"], config: TrainConfig, world_size: int) -> None:
+    parallel: ParallelConfig = getattr(config, name).parallel
+    ranks_of = {"student": student_ranks, "teacher": teacher_ranks}[name]
+    num_ranks = len(ranks_of(config, world_size))
+    size = parallel.model_parallel_size
+    if num_ranks % size:
+        raise ConfigError(
+            f"{name}.parallel.tensor_model_parallel_size = {parallel.tensor_model_parallel_size} "
+            f"times {name}.parallel.pipeline_model_parallel_size = "
+            f"{parallel.pipeline_model_parallel_size} must divide the number of "
+            + _fix(name, config, world_size, num_ranks)
+        )
+    check_expert_ranks(name, parallel, num_ranks)
+
+
+def _fix(name: str, config: TrainConfig, world_size: int, num_ranks: int) -> str:
+    """Return the ranks that a model has, and what to change so that its layout fits them."""
+    sizes = f"or choose sizes whose product is {listed(divisors(num_ranks))}"
+    own = config.teacher.num_ranks
+    if own is None:
+        size = getattr(config, name).parallel.model_parallel_size
+        return (
+            f"ranks ({num_ranks}): start {listed(multiples_around(num_ranks, size))} ranks, {sizes}"
+        )
+    student = config.student.parallel.model_parallel_size
+    teacher = config.teacher.parallel.model_parallel_size
+    working = [
+        count
+        for count in range(1, world_size)
+        if count % teacher == 0 and (world_size - count) % student == 0
+    ]
+    fix = f"set teacher.num_ranks to {listed(working)}, " if working else ""
+    return (
+        f"the {name}'s ranks ({num_ranks} of {world_size}, with teacher.num_ranks = {own}): "
+        f"{fix}{sizes}"
+    )
+
+
+def _check_batch(config: TrainConfig, num_ranks: int) -> None:
+    batch, micro = config.global_batch_size, config.micro_batch_size
+    data_parallel = num_ranks // config.student.parallel.model_parallel_size
+    own = config.teacher.num_ranks
+    ranks = f"{num_ranks} ranks" + (f" beside teacher.num_ranks = {own}" if own else "")
+    ranks += f" / {config.student.parallel.model_parallel_size} model-parallel"
+    if config.max_tokens_per_microbatch is not None:
+        if batch < data_parallel:
+            raise ConfigError(
+                f"global_batch_size = {batch} must be at least the student's data-parallel size = "
+                f"{data_parallel} ({ranks}): each rank needs a response"
+            )
+        return
+    if batch % (micro * data_parallel):
+        step = math.lcm(micro * data_parallel, config.rollout.num_samples_per_prompt)
+        fix = f"set global_batch_size to {listed(multiples_around(batch, step))}"
+        if batch % data_parallel == 0:
+            fix += f", or micro_batch_size to {listed(divisors(batch // data_parallel))}"
+        raise ConfigError(
+            f"global_batch_size = {batch} must be a multiple of micro_batch_size = {micro} times "
+            f"the student's data-parallel size = {data_parallel} ({ranks}): {fix}"
+        )
