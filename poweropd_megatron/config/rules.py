@@ -216,14 +216,20 @@ def _check_virtual_pipeline(name: str, parallel: ParallelConfig) -> None:
 
 
 def _check_ranks(name: str, parallel: ParallelConfig, world_size: int) -> None:
-    tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    sizes = {
+        "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
+        "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
+    }
+    if parallel.context_parallel_size > 1:
+        sizes["context_parallel_size"] = parallel.context_parallel_size
     size = parallel.model_parallel_size
     if world_size % size:
+        product = " times ".join(
+            f"{name}.parallel.{setting} = {value}" for setting, value in sizes.items()
+        )
         raise ConfigError(
-            f"{name}.parallel.tensor_model_parallel_size = {tensor} times "
-            f"{name}.parallel.pipeline_model_parallel_size = {pipeline} must divide the number of "
-            f"ranks ({world_size}): start {listed(multiples_around(world_size, size))} ranks, "
-            f"or choose sizes whose product is {listed(divisors(world_size))}"
+            f"{product} must divide the number of ranks ({world_size}): start "
+            f"{listed(multiples_around(world_size, size))} ranks, or choose sizes whose product is {listed(divisors(world_size))}"
         )
 
 

@@ -42,7 +42,12 @@ TEACHER = UNEVEN
 
 _REFUSED = (
     (
-        ("tensor_model_parallel_size", "*pipeline_model_parallel_size", "sequence_parallel"),
+        (
+            "tensor_model_parallel_size",
+            "*pipeline_model_parallel_size",
+            "sequence_parallel",
+            "context_parallel_size",
+        ),
         "{model}.parallel.{field} sets it",
     ),
     (("params_dtype", "pipeline_dtype", "bf16", "fp16"), "{model}.dtype sets it"),

@@ -59,7 +59,11 @@ class Teacher:
         layout = self._layout
         logp_BT = torch.zeros(trajectories.token_ids_BT.shape)
         micro_batches = cut_batch(
-            trajectories, labels.mask_BT, self.batching, dp_rank=layout.dp_rank
+            trajectories,
+            labels.mask_BT,
+            self.batching,
+            dp_rank=layout.dp_rank,
+            cp_rank=layout.cp_rank,
         )
         for micro_batch in micro_batches:
             logp_N = forward_stage(

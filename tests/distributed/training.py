@@ -191,7 +191,7 @@ def update_on_ranks(
     def finalize_and_record(model: list[Any], *args: Any, **kwargs: Any) -> None:
         finalize_model_grads(model, *args, **kwargs)
         if row.use_distributed_optimizer:
-            _gather_shares((ddp.buffers for ddp in model), student.layout.groups.dp)
+            _gather_shares((ddp.buffers for ddp in model), student.layout.groups.dp_cp)
             _gather_shares(
                 (ddp.expert_parallel_buffers for ddp in model), student.layout.groups.expt_dp
             )
