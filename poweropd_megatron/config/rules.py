@@ -229,7 +229,8 @@ def _check_ranks(name: str, parallel: ParallelConfig, world_size: int) -> None:
         )
         raise ConfigError(
             f"{product} must divide the number of ranks ({world_size}): start "
-            f"{listed(multiples_around(world_size, size))} ranks, or choose sizes whose product is {listed(divisors(world_size))}"
+            f"{listed(multiples_around(world_size, size))} ranks, or choose sizes whose product "
+            f"is {listed(divisors(world_size))}"
         )
 
 
