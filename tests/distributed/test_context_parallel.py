@@ -21,6 +21,8 @@ from support.attention_checks import (
 from support.rank_pool import RankPool
 from torch import Tensor
 
+from poweropd_megatron.models import context_parallel
+from poweropd_megatron.models.attention_kernels import attend_causally
 from poweropd_megatron.models.context_parallel import own_positions
 from poweropd_megatron.models.layers import RowRotaryEmbedding, SDPACoreAttention
 from poweropd_megatron.models.packed import pack_params
@@ -47,10 +49,41 @@ def attention_of_ranks(dtype: torch.dtype) -> SDPACoreAttention:
     return SDPACoreAttention(config(HEADS, dtype), pg_collection=groups)
 
 
+def one_by_one(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    boundaries_q: Tensor,
+    boundaries_k: Tensor,
+    longest_q: int,
+    longest_k: int,
+    scale: float | None,
+) -> Tensor:
+    """Return what a GPU's kernel of variable lengths does, which no CPU has."""
+    lengths_q, lengths_k = (x.diff().tolist() for x in (boundaries_q, boundaries_k))
+    assert (max(lengths_q), max(lengths_k)) == (longest_q, longest_k)
+    parts = zip(query.split(lengths_q), key.split(lengths_k), value.split(lengths_k), strict=True)
+    return torch.cat(
+        [
+            attend_causally(*(x.transpose(0, 1)[None] for x in part), scale=scale)[0].transpose(
+                0, 1
+            )
+            for part in parts
+        ]
+    )
+
+
 def attend_on_ranks(
-    shape: tuple[int, ...], lengths: list[int] | None, dtype: torch.dtype
+    shape: tuple[int, ...],
+    lengths: list[int] | None,
+    dtype: torch.dtype,
+    in_one_kernel: bool = False,
 ) -> list[Tensor]:
     """Return values and gradients of all ranks, put together in the order of whole sequences."""
+    if in_one_kernel:
+        context_parallel.has_varlen_kernel = lambda _: True
+        context_parallel.attend_varlen = one_by_one
     rank, size = dist.get_rank(), dist.get_world_size()
     attention = attention_of_ranks(dtype)
     packed = None if lengths is None else pack_params(lengths)
@@ -77,15 +110,17 @@ def attend_on_ranks(
     return wholes
 
 
+@pytest.mark.parametrize("in_one_kernel", [False, True], ids=["sdpa", "varlen"])
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize("pack", PACKS)
 def test_slices_of_a_pack_attend_as_whole_sequences_do(
-    pack: str, size: int, ranks: RankPool
+    pack: str, size: int, in_one_kernel: bool, ranks: RankPool
 ) -> None:
     lengths = PACKS[pack]
     shape = (sum(lengths),)
     expected = exact_packed(random_inputs(shape, HEADS, torch.float32), lengths)
-    for found in ranks.run(attend_on_ranks, shape, lengths, torch.float32, world_size=size):
+    arguments = (shape, lengths, torch.float32, in_one_kernel)
+    for found in ranks.run(attend_on_ranks, *arguments, world_size=size):
         assert max(errors(found, expected)) <= 1e-6
 
 

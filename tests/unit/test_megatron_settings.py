@@ -53,6 +53,7 @@ def test_what_is_accepted_is_in_megatrons_dataclasses() -> None:
         ("tensor_model_parallel_size", "student.parallel.tensor_model_parallel_size sets it"),
         ("virtual_pipeline_model_parallel_size", "student.parallel.virtual_pipeline_model_"),
         ("sequence_parallel", "student.parallel.sequence_parallel sets it"),
+        ("context_parallel_size", "student.parallel.context_parallel_size sets it"),
         ("pipeline_dtype", "student.dtype sets it"),
         ("bf16", "student.dtype sets it"),
         ("lr", "optimizer.lr sets it"),
