@@ -52,6 +52,7 @@ class SDPACoreAttention(torch.nn.Module):
     none either: each is attended to by itself, on recent GPUs in one variable-length kernel for the
     whole pack, elsewhere in one call for each run of sequences of equal length. No buffer grows
     with the square of the length where torch has a fused kernel: everywhere but for fp32 on GPUs.
+    Of sequences that context parallelism has cut, see attend_sliced.
     """
 
     cache: LayerCache | None
@@ -111,19 +112,18 @@ class SDPACoreAttention(torch.nn.Module):
         self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSeqParams | None
     ) -> Tensor:
         """Return the attended values of this rank's slices; rows are a pack of equal lengths."""
-        if packed is not None:
+        shape = query.shape[:-2]
+        if packed is None:
+            query, key, value = (x.transpose(0, 1).flatten(0, 1) for x in (query, key, value))
+            lengths = [shape[0] * self._cp_size] * shape[1]
+        else:
             lengths = packed_lengths(packed)
-            return attend_sliced(
-                query, key, value, lengths=lengths, group=self._cp_group, scale=self.softmax_scale
-            ).flatten(1)
-        num_positions, num_rows = query.shape[:2]
         attended = attend_sliced(
-            *(x.transpose(0, 1).flatten(0, 1) for x in (query, key, value)),
-            lengths=[num_positions * self._cp_size] * num_rows,
-            group=self._cp_group,
-            scale=self.softmax_scale,
-        )
-        return attended.unflatten(0, (num_rows, num_positions)).transpose(0, 1).flatten(2)
+            query, key, value, lengths=lengths, group=self._cp_group, scale=self.softmax_scale
+        ).flatten(1)
+        if packed is None:
+            attended = attended.unflatten(0, shape[::-1]).transpose(0, 1)
+        return attended
 
     def _attend_packed(
         self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSeqParams
@@ -179,8 +179,8 @@ class RowRotaryEmbedding(RotaryEmbedding):  # type: ignore[misc]
         Of a pack [T, 1, 1, D], which Megatron's rotary code takes as the angle of each token; with
         context parallelism those of the whole pack, of which it takes this rank's.
         """
-        # Megatron's forward slices for context parallelism, and remembers that: not while is_sliced
-        # is False.
+        # Megatron's forward would slice for context parallelism, and remembers what it returned:
+        # as if for a pack it returns the whole.
         kwargs["packed_seq"] = True
         if isinstance(max_seq_len, tuple):
             whole: Tensor = super().forward(max(max_seq_len), *args, **kwargs)
