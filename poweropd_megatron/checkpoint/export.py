@@ -72,7 +72,7 @@ def _write_stage(
     student: Student, model: Qwen3Config, layout: Layout, partial: Path
 ) -> dict[str, dict[str, int]]:
     """Return file -> tensor -> bytes of what was written: empty but on a stage's one writer."""
-    writes = layout.holds_model and layout.tp_rank == 0 and layout.dp_rank == 0
+    writes = layout.holds_model and layout.tp_rank == 0 and layout.copy_rank == 0
     written: dict[str, dict[str, int]] = {}
     pending: dict[str, Tensor] = {}
     failure: InputError | None = None

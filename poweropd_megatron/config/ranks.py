@@ -44,11 +44,17 @@ def _check_fit(name: Literal["student", "teacher"], config: TrainConfig, world_s
     num_ranks = len(ranks_of(config, world_size))
     size = parallel.model_parallel_size
     if num_ranks % size:
+        sizes = {
+            "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
+            "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
+        }
+        if parallel.context_parallel_size > 1:
+            sizes["context_parallel_size"] = parallel.context_parallel_size
+        product = " times ".join(
+            f"{name}.parallel.{setting} = {value}" for setting, value in sizes.items()
+        )
         raise ConfigError(
-            f"{name}.parallel.tensor_model_parallel_size = {parallel.tensor_model_parallel_size} "
-            f"times {name}.parallel.pipeline_model_parallel_size = "
-            f"{parallel.pipeline_model_parallel_size} must divide the number of "
-            + _fix(name, config, world_size, num_ranks)
+            f"{product} must divide the number of " + _fix(name, config, world_size, num_ranks)
         )
     check_expert_ranks(name, parallel, num_ranks)
 

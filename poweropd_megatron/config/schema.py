@@ -22,6 +22,9 @@ class ParallelConfig:
     virtual_pipeline_model_parallel_size: int | None = None
     """Chunks of layers on each pipeline stage, run in turns: a shorter pipeline bubble in training
     for more communication (needs pipeline stages)."""
+    context_parallel_size: int = 1
+    """Ranks that share every sequence, for long ones: each trains on and scores two slices of it,
+    and sees the keys and values of all. In rollouts they have prompts of their own."""
     expert_model_parallel_size: int = 1
     """Ranks of a pipeline stage that share the experts of a Qwen3-MoE, each expert being whole on
     its rank (Megatron's expert_tensor_parallel_size is 1)."""
@@ -31,8 +34,12 @@ class ParallelConfig:
 
     @property
     def model_parallel_size(self) -> int:
-        """Ranks that hold one copy of the model."""
-        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size
+        """Ranks that work together on one share of the batch."""
+        return (
+            self.tensor_model_parallel_size
+            * self.pipeline_model_parallel_size
+            * self.context_parallel_size
+        )
 
 
 @dataclass(kw_only=True)
@@ -241,8 +248,9 @@ class TrainConfig:
     longest; not used with max_tokens_per_microbatch."""
     max_tokens_per_microbatch: int | None = None
     """Pack whole sequences (prompt and response) end to end into student forward/backwards of at
-    most this many tokens on each data-parallel rank, without padding; a longer sequence has one to
-    itself. By default micro_batch_size right-padded sequences. The results are the same."""
+    most this many tokens on each data-parallel rank (context-parallel ones share them), without
+    padding; a longer sequence has one to itself. By default micro_batch_size right-padded
+    sequences. The results are the same."""
     distributed_timeout_minutes: float = 30.0
     """Longest wait in a collective before the run is ended with an error."""
     student: StudentConfig

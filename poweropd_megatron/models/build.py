@@ -76,6 +76,7 @@ def transformer_config(
         overlap_p2p_comm=is_interleaved,
         batch_p2p_comm=not is_interleaved,
         sequence_parallel=parallel.sequence_parallel,
+        context_parallel_size=parallel.context_parallel_size,
         variable_seq_lengths=True,
         moe_token_dispatcher_type="alltoall",  # the default refuses variable_seq_lengths
         calculate_per_token_loss=True,

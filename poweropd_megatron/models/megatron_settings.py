@@ -44,7 +44,7 @@ _REFUSED = (
     (
         (
             *("tensor_model_parallel_size", "*pipeline_model_parallel_size"),
-            *("expert_model_parallel_size", "sequence_parallel"),
+            *("expert_model_parallel_size", "context_parallel_size", "sequence_parallel"),
         ),
         "{model}.parallel.{field} sets it",
     ),

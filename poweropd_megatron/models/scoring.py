@@ -27,11 +27,10 @@ from poweropd_megatron.ops.matmul import product
 
 @dataclass(frozen=True, kw_only=True)
 class ChosenTokens:
-    """Which positions of a batch are scored, on which label.
+    """Which tokens of a batch are scored, each at the position that predicts it.
 
-    Shapes: is_chosen_BS bool, True at the token that is scored (never at position 0);
-    labels_BS int64, the token to score there. The token at position s is predicted from position s
-    - 1.
+    Shapes: is_chosen_BS bool, True where the next token is scored; labels_BS int64, that token. The
+    next token may lie on another rank: so both are of the positions before.
     """
 
     is_chosen_BS: Tensor
@@ -42,7 +41,7 @@ class ChosenTokens:
 
     @property
     def labels_N(self) -> Tensor:
-        """Return the labels of the chosen positions, in row-major order."""
+        """Return the chosen tokens, in row-major order."""
         return self.labels_BS[self.is_chosen_BS]
 
 
@@ -145,7 +144,7 @@ def _chosen_hidden(
     """
     if config.sequence_parallel:
         hidden_SBH = gather_from_sequence_parallel_region(hidden_SBH, group=chosen.tp_group)
-    hidden_NH = hidden_SBH.transpose(0, 1)[:, :-1][chosen.is_chosen_BS[:, 1:]]
+    hidden_NH = hidden_SBH.transpose(0, 1)[chosen.is_chosen_BS]
     if not config.sequence_parallel:
         hidden_NH = copy_to_tensor_model_parallel_region(hidden_NH, group=chosen.tp_group)
     head = LMHead(

@@ -71,13 +71,33 @@ class Layout:
 
     @property
     def dp_rank(self) -> int:
-        """Return which share of the batch this rank's model copy works on."""
+        """Return which share of the batch this rank's model copy trains on or scores."""
         return dist.get_rank(self.groups.dp)
 
     @property
     def dp_size(self) -> int:
-        """Return the number of model copies."""
+        """Return the number of shares of the batch."""
         return len(self.ranks) // self.parallel.model_parallel_size
+
+    @property
+    def cp_rank(self) -> int:
+        """Return which slices of its share's sequences this rank's model copy works on."""
+        return dist.get_rank(self.groups.cp)
+
+    @property
+    def cp_size(self) -> int:
+        """Return how many model copies share a sequence."""
+        return self.parallel.context_parallel_size
+
+    @property
+    def copy_rank(self) -> int:
+        """Return which copy of the model this rank belongs to: those of a share follow another."""
+        return dist.get_rank(self.groups.dp_cp)
+
+    @property
+    def num_copies(self) -> int:
+        """Return the number of model copies, each of which generates by itself."""
+        return self.dp_size * self.cp_size
 
     @property
     def ep_rank(self) -> int:
@@ -91,10 +111,10 @@ class Layout:
 
     @property
     def copies_in_step(self) -> range:
-        """Return the data-parallel ranks that run each forward together with this one, as these
-        model copies share experts: a layer sends tokens to all ranks that hold some."""
+        """Return the model copies that run each forward together with this rank's, as they share
+        experts: a layer sends tokens to all ranks that hold some."""
         count = max(1, self.ep_size // self.tp_size)
-        first = self.dp_rank // count * count
+        first = self.copy_rank // count * count
         return range(first, first + count)
 
     @property
@@ -125,13 +145,14 @@ def student_layout(
     """Return the student's layout over its ranks, after setting up Megatron's parallel state.
 
     Called by all ranks of the job; ranks: by default all, else those from 0 on.
-    Order of ranks, as Megatron's default: tensor fastest, then data, then pipeline.
+    Order of ranks, as Megatron's default: tensor fastest, then context, data, pipeline.
     """
     ranks = ranks or range(dist.get_world_size())
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
+        context_parallel_size=parallel.context_parallel_size,
         expert_model_parallel_size=parallel.expert_model_parallel_size,
         expert_tensor_parallel_size=1,
         rank_offset=ranks.start,
@@ -157,10 +178,10 @@ def teacher_layout(
     if ranks == student.ranks and parallel == student.parallel:
         return student
     tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    expert = parallel.expert_model_parallel_size
+    context, expert = parallel.context_parallel_size, parallel.expert_model_parallel_size
     per_stage = len(ranks) // pipeline
     grid = HyperCommGrid(
-        [tensor, 1, per_stage // tensor, pipeline],
+        [tensor, context, per_stage // (tensor * context), pipeline],
         _GRID_DIMS,
         rank_offset=ranks.start,
         backend=dist.get_backend(),

@@ -86,7 +86,8 @@ def share_rows(
     """Return, on every rank, the whole tensor whose rows the speaking ranks hold; on the CPU.
 
     Shapes: rows [len(indices), ...] where `speaks`; indices of these rows in the result; result
-    `shape`. Each row must come from one speaking rank. Exact: the others add zero.
+    `shape`. Each value must come from one speaking rank: exact, as the others add zero, those too
+    that share a row by context parallelism.
     Cost: one all_reduce of the result over all ranks, whatever the model's layout.
     """
     whole = torch.zeros(shape, dtype=rows.dtype, device=device)
@@ -117,10 +118,10 @@ def largest(values: Tensor, *, device: torch.device) -> Tensor:
 
 
 def own_rows(num_rows: int, *, rank: int, size: int) -> Tensor:
-    """Return the indices of the rows that data-parallel rank `rank` of `size` works on."""
+    """Return the indices of the rows that share `rank` of `size` has."""
     return torch.arange(num_rows).tensor_split(size)[rank]
 
 
 def most_rows(num_rows: int, *, ranks: range, size: int) -> int:
-    """Return the most rows that one of these data-parallel ranks of `size` works on."""
+    """Return the most rows that one of these shares of `size` has."""
     return max(len(own_rows(num_rows, rank=rank, size=size)) for rank in ranks)

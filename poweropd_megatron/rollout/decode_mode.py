@@ -8,12 +8,14 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.utils import set_model_to_sequence_parallel
 from torch import Tensor
 
+from poweropd_megatron.models.context_parallel import whole_sequences
 from poweropd_megatron.parallel.layout import Layout
 
 
 @contextmanager
 def decoding_mode(chunks: Sequence[GPTModel], layout: Layout) -> Iterator[None]:
-    """Put a model into evaluation, without sequence parallelism: a step has one position.
+    """Put a model into evaluation, without sequence and context parallelism: a step has one
+    position.
 
     Without cuDNN's attention, too: over a masked cache it was seen to give other bits in a second
     run.
@@ -27,7 +29,8 @@ def decoding_mode(chunks: Sequence[GPTModel], layout: Layout) -> Iterator[None]:
         if sequence_parallel:
             set_model_to_sequence_parallel(chunk, False)
     try:
-        yield
+        with whole_sequences(chunks):
+            yield
     finally:
         set_positions(chunks, None)
         for chunk in chunks:

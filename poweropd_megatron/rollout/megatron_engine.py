@@ -30,10 +30,10 @@ _ENDED = -1
 class MegatronRolloutEngine:
     """Decodes with the student itself: rollouts and training agree, and no weights are sent.
 
-    Each data-parallel rank decodes its own share of the prompts, `micro_batch_size` at a time;
-    sequences leave the batch when they end. The last pipeline stage draws the tokens and tells the
-    others. Ranks that share experts decode in step: one that has nothing left to decode goes on
-    with one row, which is nobody's, until the others are done too.
+    Each copy of the model, of data or of context parallelism, decodes its own share of the prompts,
+    `micro_batch_size` at a time; sequences leave the batch when they end. The last pipeline stage
+    draws the tokens and tells the others. Ranks that share experts decode in step: one that has
+    nothing left to decode goes on with one row, which is nobody's, until the others are done too.
     """
 
     def __init__(
@@ -102,8 +102,8 @@ class MegatronRolloutEngine:
         if not layout.holds_model:
             none = torch.zeros(0, dtype=torch.int64)
             return none, Responses.empty(0, sampling.max_new_tokens)
-        rows = own_rows(len(prompts), rank=layout.dp_rank, size=layout.dp_size)
-        most = most_rows(len(prompts), ranks=layout.copies_in_step, size=layout.dp_size)
+        rows = own_rows(len(prompts), rank=layout.copy_rank, size=layout.num_copies)
+        most = most_rows(len(prompts), ranks=layout.copies_in_step, size=layout.num_copies)
         responses = Responses.empty(len(rows), sampling.max_new_tokens)
         with decoding_mode(self._chunks, layout):
             for start in range(0, most, self._micro_batch_size):

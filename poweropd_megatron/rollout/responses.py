@@ -42,7 +42,7 @@ class Responses:
         layout: Layout,
         weight_version: int,
     ) -> Trajectories:
-        """Return the trajectories of all prompts, from every data-parallel rank's rows.
+        """Return the trajectories of all prompts, from every model copy's rows.
 
         Cost: one all_reduce of each field over all ranks.
         """

@@ -1,5 +1,6 @@
 """How the batch of one model is cut into micro-batches: from the lengths, for all ranks."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,7 +13,8 @@ from poweropd_megatron.train.packing import Packs, plan_packs
 class Batching:
     """The settings of one model, and what its layout asks of micro-batches.
 
-    length_multiple: what the positions of a row must be a multiple of.
+    length_multiple: what the positions of a row must be a multiple of; cp_size: ranks that share
+    each sequence, for which a packed one is padded to a multiple of twice that.
     num_microbatches_multiple: what each rank's number of micro-batches must be a multiple of.
     """
 
@@ -20,6 +22,7 @@ class Batching:
     max_tokens_per_microbatch: int | None
     dp_size: int
     length_multiple: int
+    cp_size: int = 1
     num_microbatches_multiple: int = 1
 
     @classmethod
@@ -31,12 +34,20 @@ class Batching:
         max_tokens_per_microbatch: int | None,
         num_microbatches_multiple: int = 1,
     ) -> "Batching":
-        """Return how the settings cut a batch in a layout: sequence parallelism pads to TP."""
+        """Return how the settings cut a batch in a layout.
+
+        Sequence parallelism pads the positions of a rank to TP; context parallelism those of a row
+        to two slices for each rank.
+        """
+        of_rank = layout.tp_size if layout.parallel.sequence_parallel else 1
+        if layout.cp_size > 1:
+            of_rank = math.lcm(of_rank, 2)
         return cls(
             micro_batch_size=micro_batch_size,
             max_tokens_per_microbatch=max_tokens_per_microbatch,
             dp_size=layout.dp_size,
-            length_multiple=layout.tp_size if layout.parallel.sequence_parallel else 1,
+            length_multiple=of_rank * layout.cp_size,
+            cp_size=layout.cp_size,
             num_microbatches_multiple=num_microbatches_multiple,
         )
 
@@ -49,14 +60,14 @@ class Batching:
         """Return each rank's micro-batches, as numbers of sequences: equally many on all ranks.
 
         Right-padded: a rank has a contiguous share, of which sequences of like length go together,
-        micro_batch_size at a time. Packed: see plan_packs; the budget counts what length_multiple
-        adds. In both forms the last ones of a rank may be empty.
+        micro_batch_size at a time. Packed: see plan_packs; the budget counts all padding. In both
+        forms the last ones of a rank may be empty.
         """
         if self.max_tokens_per_microbatch is None:
             return self._plan_padded(lengths)
         budget = self.max_tokens_per_microbatch // self.length_multiple * self.length_multiple
         return plan_packs(
-            lengths,
+            [self.padded_length(length) for length in lengths],
             max_tokens=max(budget, 1),
             num_ranks=self.dp_size,
             num_packs_multiple=self.num_microbatches_multiple,
@@ -73,13 +84,20 @@ class Batching:
         most = -(-max(map(len, plan)) // multiple) * multiple
         return [packs + [[] for _ in range(most - len(packs))] for packs in plan]
 
+    def padded_length(self, length: int) -> int:
+        """Return the positions that a packed sequence takes."""
+        multiple = 1 if self.cp_size == 1 else 2 * self.cp_size
+        return -(-length // multiple) * multiple
+
     def input_shape(self, lengths: Sequence[int]) -> tuple[int, int]:
-        """Return the rows and positions of the input that holds sequences of these lengths.
+        """Return the rows and positions of the input that holds sequences of these lengths; under
+        context parallelism its positions on all ranks.
 
         An empty micro-batch has length_multiple positions of padding: a rank that has nothing left
         to compute takes part in the others' collectives all the same.
         """
-        needed = sum(lengths) if self.is_packed else max(lengths, default=0)
+        packed = sum(self.padded_length(length) for length in lengths)
+        needed = packed if self.is_packed else max(lengths, default=0)
         width = -(-max(needed, 1) // self.length_multiple) * self.length_multiple
         return (1 if self.is_packed else max(len(lengths), 1)), width
 

@@ -1,8 +1,8 @@
 """Cutting a batch of trajectories into micro-batches, right-padded or packed.
 
 Shapes: B sequences and T tokens of the whole batch; b sequences of a micro-batch, R rows and S
-positions of its input (b and the longest sequence when padded, 1 and all tokens when packed); N
-tokens in the loss.
+positions of its input (b and the longest sequence when padded, 1 and all tokens when packed; of
+these, a rank's slices under context parallelism); N tokens in the loss that they predict.
 """
 
 from collections.abc import Sequence
@@ -14,6 +14,7 @@ import torch.distributed as dist
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
+from poweropd_megatron.models.context_parallel import own_positions
 from poweropd_megatron.models.packed import pack_params
 from poweropd_megatron.models.scoring import ChosenTokens
 from poweropd_megatron.rollout.trajectories import Trajectories
@@ -26,24 +27,26 @@ _PADDING = -1
 class MicroBatch:
     """Some sequences of a batch, as a model takes them.
 
-    Shapes: rows_b the sequences' numbers in the batch; source_RS where in the flattened batch each
-    position comes from, -1 for padding; token_ids_RS, 0 on padding; mask_RS True at the tokens in
-    the loss. packed_lengths: of what lies in a packed row, its padding last; None if padded.
+    Shapes: rows_b the sequences' numbers in the batch; token_ids_RS, 0 on padding; target_RS where
+    in the flattened batch the token after each position is, -1 after a sequence's last; mask_RS
+    True where that token is in the loss. packed_lengths: of what lies in a packed row, on all ranks
+    that share it, each with its padding and that of the row last; None if padded.
     """
 
     rows_b: Tensor
-    source_RS: Tensor
     token_ids_RS: Tensor
+    target_RS: Tensor
     mask_RS: Tensor
     packed_lengths: tuple[int, ...] | None
 
     def cut(self, whole_BT: Tensor) -> Tensor:
-        """Return this micro-batch's part of a per-token tensor of the whole batch, [R, S]."""
-        return _take(whole_BT, self.source_RS)
+        """Return, of a per-token tensor of the whole batch, what is the next token's at each
+        position, [R, S]."""
+        return _take(whole_BT, self.target_RS)
 
     def put(self, whole_BT: Tensor, values_N: Tensor) -> None:
         """Write a value for each token in the loss, row by row, into a whole batch's tensor."""
-        whole_BT.view(-1)[self.source_RS[self.mask_RS]] = values_N.detach().to(whole_BT)
+        whole_BT.view(-1)[self.target_RS[self.mask_RS]] = values_N.detach().to(whole_BT)
 
     @property
     def packed_seq_params(self) -> PackedSeqParams | None:
@@ -70,9 +73,14 @@ class MicroBatch:
 
 
 def cut_batch(
-    trajectories: Trajectories, mask_BT: Tensor, batching: Batching, *, dp_rank: int
+    trajectories: Trajectories,
+    mask_BT: Tensor,
+    batching: Batching,
+    *,
+    dp_rank: int,
+    cp_rank: int = 0,
 ) -> list[MicroBatch]:
-    """Return the micro-batches of a data-parallel rank.
+    """Return the micro-batches of a data-parallel rank, or its slices of them.
 
     Raises: ValueError if a sequence's first token is in the loss: nothing predicts it.
     """
@@ -83,21 +91,28 @@ def cut_batch(
     for rows in batching.plan(lengths_B)[dp_rank]:
         lengths_b = [lengths_B[row] for row in rows]
         num_rows, width = batching.input_shape(lengths_b)
-        ends_b = [0, *accumulate(lengths_b)]
-        starts_b = ends_b if batching.is_packed else range(0, num_rows * width, width)
-        source = torch.full((num_rows * width,), _PADDING)
+        packed_lengths = None
+        starts_b: Sequence[int] = range(0, num_rows * width, width)
+        if batching.is_packed:
+            padded_b = [batching.padded_length(length) for length in lengths_b]
+            starts_b = [0, *accumulate(padded_b)]
+            packed_lengths = tuple(filter(None, (*padded_b, width - starts_b[-1])))
+        source, target = torch.full((2, num_rows * width), _PADDING)
         for row, length, start in zip(rows, lengths_b, starts_b, strict=False):
             first = row * mask_BT.shape[1]
             source[start : start + length] = torch.arange(first, first + length)
-        source_RS = source.view(num_rows, width)
-        packed_lengths = (*lengths_b, width - ends_b[-1])
+            target[start : start + length - 1] = torch.arange(first + 1, first + length)
+        source_RS, target_RS = (x.view(num_rows, width) for x in (source, target))
+        if batching.cp_size > 1:
+            own = own_positions(packed_lengths or [width], rank=cp_rank, size=batching.cp_size)
+            source_RS, target_RS = source_RS[:, own], target_RS[:, own]
         micro_batches.append(
             MicroBatch(
                 rows_b=torch.tensor(rows, dtype=torch.int64),
-                source_RS=source_RS,
                 token_ids_RS=_take(trajectories.token_ids_BT, source_RS),
-                mask_RS=_take(mask_BT, source_RS),
-                packed_lengths=tuple(filter(None, packed_lengths)) if batching.is_packed else None,
+                target_RS=target_RS,
+                mask_RS=_take(mask_BT, target_RS),
+                packed_lengths=packed_lengths,
             )
         )
     return micro_batches
@@ -109,7 +124,7 @@ def rows_of(micro_batches: Sequence[MicroBatch]) -> Tensor:
     return torch.cat([none, *(micro_batch.rows_b for micro_batch in micro_batches)])
 
 
-def _take(whole_BT: Tensor, source_RS: Tensor) -> Tensor:
-    """Return the values at the positions' places, and 0 on padding."""
-    taken_RS = whole_BT.flatten()[source_RS.clamp(min=0)]
-    return taken_RS.where(source_RS != _PADDING, torch.zeros((), dtype=whole_BT.dtype))
+def _take(whole_BT: Tensor, places_RS: Tensor) -> Tensor:
+    """Return the values at these places of the flattened batch, and 0 for padding."""
+    taken_RS = whole_BT.flatten()[places_RS.clamp(min=0)]
+    return taken_RS.where(places_RS != _PADDING, torch.zeros((), dtype=whole_BT.dtype))

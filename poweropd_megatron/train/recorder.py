@@ -75,12 +75,14 @@ class Recorder:
         ):
             parallel, experts = part.parallel, shape.experts
             chunks = parallel.virtual_pipeline_model_parallel_size
+            context = parallel.context_parallel_size
             self.info(
                 f"{name}: {part.path}, {shape.num_layers} layers, hidden {shape.hidden_size}, "
                 + (f"{experts.num_moe_experts} experts, " if experts else "")
                 + f"{part.dtype}, TP {parallel.tensor_model_parallel_size} x "
                 f"PP {parallel.pipeline_model_parallel_size}"
                 + (f" in {chunks} chunks each" if chunks else "")
+                + (f" x CP {context}" if context > 1 else "")
                 + (f", EP {parallel.expert_model_parallel_size}" if experts else "")
                 + (" with sequence parallelism" if parallel.sequence_parallel else "")
                 + (f", packed into micro-batches of up to {budget} tokens" if budget else "")

@@ -115,7 +115,11 @@ class Student:
         results: list[tuple[MicroBatch, PolicyGradient]] = []
         if holds_model:
             micro_batches = cut_batch(
-                trajectories, labels.mask_BT, self.batching, dp_rank=self.layout.dp_rank
+                trajectories,
+                labels.mask_BT,
+                self.batching,
+                dp_rank=self.layout.dp_rank,
+                cp_rank=self.layout.cp_rank,
             )
             for ddp in self._ddps:
                 ddp.zero_grad_buffer()

@@ -92,7 +92,11 @@ class Teacher:
             if self._offloaded is not None:
                 self._load_seconds += self._offloaded.load()
             micro_batches = cut_batch(
-                trajectories, labels.mask_BT, self.batching, dp_rank=layout.dp_rank
+                trajectories,
+                labels.mask_BT,
+                self.batching,
+                dp_rank=layout.dp_rank,
+                cp_rank=layout.cp_rank,
             )
         for micro_batch in micro_batches:
             logp_N = forward_stage(

@@ -13,11 +13,13 @@ def parallel(
     *,
     virtual: int | None = None,
     expert: int = 1,
+    context: int = 1,
     sequence: bool = False,
 ) -> ParallelConfig:
     return ParallelConfig(
         tensor_model_parallel_size=tensor,
         pipeline_model_parallel_size=pipeline,
+        context_parallel_size=context,
         expert_model_parallel_size=expert,
         virtual_pipeline_model_parallel_size=virtual,
         sequence_parallel=sequence,

@@ -33,6 +33,9 @@ CASES = [
     (row("EP2xPP2", 4, parallel(1, 2, expert=2)), BOTH),
     (row("TP2+SPxEP4", 4, parallel(2, expert=4, sequence=True)), BOTH),
     (row("EP2-plain-optimizer", 2, parallel(expert=2), use_distributed_optimizer=False), BOTH),
+    (row("EP2xCP2", 2, parallel(expert=2, context=2)), BOTH),
+    (row("EP4xCP2xTP2+SP", 4, parallel(2, expert=4, context=2, sequence=True)), BOTH),
+    (row("EP4xCP2-packed", 4, parallel(expert=4, context=2), max_tokens_per_microbatch=20), BOTH),
     (row("EP4-micro-batch-1", 4, parallel(expert=4), micro_batch_size=1), BOTH),
     (row("EP4-packed", 4, parallel(expert=4), max_tokens_per_microbatch=20), BOTH),
     (

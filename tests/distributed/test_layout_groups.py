@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from layout_rows import parallel as expert_parallel
+from layout_rows import parallel
 from support.rank_pool import RankPool
 from torch import Tensor
 
@@ -26,23 +26,19 @@ class Place:
 
     tp: tuple[int, int]
     pp: tuple[int, int]
+    cp: tuple[int, int]
     dp: tuple[int, int]
+    copy: tuple[int, int]
     is_first_stage: bool
     is_last_stage: bool
     speaks_for_model: bool
     speaker: int
     tp_ranks: list[int]
     pp_ranks: list[int]
+    cp_ranks: list[int]
     dp_ranks: list[int]
+    copies: list[int]
     model_ranks: list[int]
-
-
-def parallel(tensor: int, pipeline: int, virtual: int | None = None) -> ParallelConfig:
-    return ParallelConfig(
-        tensor_model_parallel_size=tensor,
-        pipeline_model_parallel_size=pipeline,
-        virtual_pipeline_model_parallel_size=virtual,
-    )
 
 
 def place_of(layout: Layout) -> Place:
@@ -50,14 +46,18 @@ def place_of(layout: Layout) -> Place:
     return Place(
         tp=(layout.tp_rank, layout.tp_size),
         pp=(layout.pp_rank, layout.pp_size),
+        cp=(layout.cp_rank, layout.cp_size),
         dp=(layout.dp_rank, layout.dp_size),
+        copy=(layout.copy_rank, layout.num_copies),
         is_first_stage=layout.is_first_stage,
         is_last_stage=layout.is_last_stage,
         speaks_for_model=layout.speaks_for_model,
         speaker=layout.speaker,
         tp_ranks=members(groups.tp),
         pp_ranks=members(groups.pp),
+        cp_ranks=members(groups.cp),
         dp_ranks=members(groups.dp),
+        copies=members(groups.dp_cp),
         model_ranks=members(groups.mp),
     )
 
@@ -75,28 +75,35 @@ def find_places(student: ParallelConfig, teacher: ParallelConfig) -> tuple[Place
     return place_of(layout), place_of(teacher_layout(teacher, layout))
 
 
-def expected_place(rank: int, world_size: int, tensor: int, pipeline: int) -> Place:
-    """Return a rank's place where tensor ranks come first, then data, then pipeline ranks."""
-    data = world_size // (tensor * pipeline)
+def expected_place(
+    rank: int, world_size: int, tensor: int, pipeline: int, context: int = 1
+) -> Place:
+    """Return a rank's place where tensor ranks come first, then context, data, pipeline ranks."""
+    data = world_size // (tensor * pipeline * context)
     at = {
-        (t, d, p): t + tensor * (d + data * p)
+        (t, c, d, p): t + tensor * (c + context * (d + data * p))
         for t in range(tensor)
+        for c in range(context)
         for d in range(data)
         for p in range(pipeline)
     }
-    [(t, d, p)] = [place for place, number in at.items() if number == rank]
+    [(t, c, d, p)] = [place for place, number in at.items() if number == rank]
     return Place(
         tp=(t, tensor),
         pp=(p, pipeline),
+        cp=(c, context),
         dp=(d, data),
+        copy=(c + context * d, context * data),
         is_first_stage=p == 0,
         is_last_stage=p == pipeline - 1,
         speaks_for_model=p == pipeline - 1 and t == 0,
-        speaker=at[0, d, pipeline - 1],
-        tp_ranks=[at[other, d, p] for other in range(tensor)],
-        pp_ranks=[at[t, d, other] for other in range(pipeline)],
-        dp_ranks=[at[t, other, p] for other in range(data)],
-        model_ranks=sorted(at[x, d, y] for x in range(tensor) for y in range(pipeline)),
+        speaker=at[0, c, d, pipeline - 1],
+        tp_ranks=[at[other, c, d, p] for other in range(tensor)],
+        pp_ranks=[at[t, c, d, other] for other in range(pipeline)],
+        cp_ranks=[at[t, other, d, p] for other in range(context)],
+        dp_ranks=[at[t, c, other, p] for other in range(data)],
+        copies=[at[t, x, y, p] for y in range(data) for x in range(context)],
+        model_ranks=sorted(at[x, c, d, y] for x in range(tensor) for y in range(pipeline)),
     )
 
 
@@ -157,11 +164,11 @@ def expected_expert_place(rank: int, world_size: int, parallel: ParallelConfig) 
 @pytest.mark.parametrize(
     ("student", "teacher"),
     [
-        (expert_parallel(expert=2), expert_parallel(expert=4)),
-        (expert_parallel(2), expert_parallel(1, 2, expert=2)),
-        (expert_parallel(2, expert=4), expert_parallel(2, expert=2)),
-        (expert_parallel(1, 2, expert=2), expert_parallel(2, 2, expert=2)),
-        (expert_parallel(4, expert=2), expert_parallel()),
+        (parallel(expert=2), parallel(expert=4)),
+        (parallel(2), parallel(1, 2, expert=2)),
+        (parallel(2, expert=4), parallel(2, expert=2)),
+        (parallel(1, 2, expert=2), parallel(2, 2, expert=2)),
+        (parallel(4, expert=2), parallel()),
     ],
     ids=str,
 )
@@ -180,6 +187,8 @@ def test_both_models_place_expert_ranks_first_then_copies_then_pipeline(
     [
         (4, (2, 2), (2, 2)),
         (4, (2, 1), (1, 2)),
+        (4, (1, 1, 2), (1, 2, 2)),
+        (4, (2, 1, 2), (1, 1, 4)),
         (4, (1, 2), (2, 1)),
         (4, (1, 1), (2, 2)),
         (4, (1, 4), (4, 1)),
@@ -187,10 +196,15 @@ def test_both_models_place_expert_ranks_first_then_copies_then_pipeline(
         (1, (1, 1), (1, 1)),
     ],
 )
-def test_both_models_place_ranks_tensor_first_then_data_then_pipeline(
-    world_size: int, student: tuple[int, int], teacher: tuple[int, int], ranks: RankPool
+def test_both_models_place_ranks_tensor_first_then_context_then_data_then_pipeline(
+    world_size: int, student: tuple[int, ...], teacher: tuple[int, ...], ranks: RankPool
 ) -> None:
-    places = ranks.run(find_places, parallel(*student), parallel(*teacher), world_size=world_size)
+    """Sizes of tensor, pipeline and context parallelism."""
+    layouts = [
+        parallel(*sizes[:2], context=sizes[2] if len(sizes) > 2 else 1)
+        for sizes in (student, teacher)
+    ]
+    places = ranks.run(find_places, *layouts, world_size=world_size)
     assert places == [
         (
             expected_place(rank, world_size, *student),
@@ -247,7 +261,11 @@ def test_a_forward_through_stages_is_that_of_one_process_on_the_last_stage_alone
     folder = folders["student-untied"]
     [expected] = ranks.run(run_stages, parallel(1, 1), folder, batches, world_size=1)
     by_rank = ranks.run(
-        run_stages, parallel(tensor, pipeline, virtual), folder, batches, world_size=world_size
+        run_stages,
+        parallel(tensor, pipeline, virtual=virtual),
+        folder,
+        batches,
+        world_size=world_size,
     )
     for rank, outcomes in enumerate(by_rank):
         if not expected_place(rank, world_size, tensor, pipeline).is_last_stage:

@@ -52,6 +52,8 @@ ROWS = [
     row("student-TP2-teacher-PP2", 2, parallel(2), parallel(1, 2)),
     row("student-PP2-teacher-TP2", 2, parallel(1, 2), parallel(2)),
     row("student-PP4-teacher-TP2xDP2", 4, parallel(1, 4), parallel(2)),
+    row("CP2", 2, parallel(context=2)),
+    row("CP2xTP2", 4, parallel(2, context=2)),
     row("PP2xVPP2", 2, parallel(1, 2, virtual=2), parallel(1, 2)),
     row("PP3-embedding-and-loss-counted", 3, parallel(1, 3), parallel(), **COUNTED),
     row(
@@ -65,6 +67,20 @@ ROWS = [
     row("disjoint-student-TP2-teacher-PP2", 4, parallel(2), parallel(1, 2), teacher_ranks=2),
 ]
 ROWS_UNTIED_ONLY = [
+    row("CP4", 4, parallel(context=4)),
+    row("CP2xTP2+SP", 4, parallel(2, context=2, sequence=True)),
+    row("CP2xPP2", 4, parallel(1, 2, context=2)),
+    row("CP2xDP2", 4, parallel(context=2), micro_batch_size=1),
+    row("CP2xPP2xVPP2", 4, parallel(1, 2, virtual=2, context=2), parallel(1, 2)),
+    row("student-TP2-teacher-CP2", 2, parallel(2), parallel(context=2)),
+    row("student-DP4-teacher-CP2xPP2", 4, parallel(), parallel(1, 2, context=2)),
+    row("CP2-recompute-full", 2, parallel(context=2), **recompute("full", "uniform", 2)),
+    row("CP2xDP2-overlapped", 4, parallel(context=2), bucket_size=9000, **OVERLAPPED),
+    row("CP2-packed", 2, parallel(context=2), max_tokens_per_microbatch=20),
+    row("CP4-packed", 4, parallel(context=4), max_tokens_per_microbatch=40),
+    row(
+        "CP2xTP2+SP-packed", 4, parallel(2, context=2, sequence=True), max_tokens_per_microbatch=20
+    ),
     row("student-DP2-teacher-TP2", 2, parallel(), parallel(2)),
     row("TP2xPP2xVPP2+SP", 4, parallel(2, 2, virtual=2, sequence=True), parallel(2, 2)),
     row("PP2-1-and-3-layers", 2, parallel(1, 2), num_layers_in_first_pipeline_stage=1),

@@ -31,6 +31,10 @@ LAYOUTS = {
         2,
         ParallelConfig(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2),
     ),
+    "CP2": (2, parallel(context=2)),
+    "CP2xTP2+SP": (4, parallel(2, context=2, sequence=True)),
+    "CP2xPP2": (4, parallel(1, 2, context=2)),
+    "CP2xDP2": (4, parallel(context=2)),
     "TP2xPP2xVPP2+SP": (
         4,
         ParallelConfig(
@@ -47,6 +51,8 @@ LAYOUTS_OF_EXPERTS = {
     "TP2+SP": (2, parallel(2, sequence=True)),
     "TP2+SPxEP2": (2, parallel(2, expert=2, sequence=True)),
     "EP4": (4, parallel(expert=4)),
+    "EP2xCP2": (2, parallel(expert=2, context=2)),
+    "EP4xCP2": (4, parallel(expert=4, context=2)),
     "EP2xPP2": (4, parallel(1, 2, expert=2)),
     "TP2+SPxEP4": (4, parallel(2, expert=4, sequence=True)),
 }
@@ -166,7 +172,8 @@ def test_the_fixed_prompts_reach_both_ends_of_a_response(
 
 
 @pytest.mark.parametrize(
-    ("kind", "name"), [("tied", "DP2"), ("untied", "DP2"), ("experts", "EP2"), ("experts", "EP4")]
+    ("kind", "name"),
+    [("tied", "DP2"), ("untied", "CP2"), ("experts", "EP4"), ("experts", "EP2xCP2")],
 )
 def test_a_data_parallel_rank_without_prompts_gets_the_others_responses(
     kind: str,

@@ -201,7 +201,7 @@ def update_on_ranks(
     ) -> None:
         finalize_model_grads(model, *args, **kwargs)
         if row.use_distributed_optimizer:
-            gather_shares((ddp.buffers for ddp in model), student.layout.groups.dp)
+            gather_shares((ddp.buffers for ddp in model), student.layout.groups.dp_cp)
             gather_shares(
                 (ddp.expert_parallel_buffers for ddp in model), student.layout.groups.expt_dp
             )

@@ -87,6 +87,21 @@ def test_two_virtual_stages_on_two_ranks_resumed_are_bitwise_the_run_that_went_t
     assert_bitwise_the_same(vpp2.folder, resumed)
 
 
+CP2 = tuple(f"--{model}.parallel.context_parallel_size=2" for model in ("student", "teacher"))
+
+
+def test_a_run_of_two_context_parallel_ranks_goes_on_there_bitwise_and_on_one_up_to_rounding(
+    tmp_path,
+):
+    ended = go_on(tmp_path / "straight", *CP2, world_size=2)
+    assert "TP 1 x PP 1 x CP 2" in ended.stdout
+    resumed, alone = (rewound(tmp_path / "straight", 4, tmp_path / name) for name in ("2", "1"))
+    assert "going on after step 4" in go_on(resumed, *CP2, world_size=2).stdout
+    assert_bitwise_the_same(tmp_path / "straight", resumed)
+    go_on(alone)
+    assert_the_same_up_to_rounding(tmp_path / "straight", alone)
+
+
 @pytest.mark.parametrize(
     ("name", "changes", "pp", "num_files"),
     [

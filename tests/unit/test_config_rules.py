@@ -294,6 +294,26 @@ def test_a_layout_must_be_able_to_cut_the_model(sizes, words):
     assert str(caught.value).startswith("student.parallel.")
 
 
+@pytest.mark.parametrize("name", ["student", "teacher"])
+def test_context_parallel_ranks_take_part_in_what_divides_the_world(name):
+    config = config_with(**{f"{name}.parallel.context_parallel_size": 3})
+    message = message_of(config, 4)
+    assert f"{name}.parallel.context_parallel_size = 3 must divide the number of ranks" in message
+    assert "start 3 or 6 ranks, or choose sizes whose product is 1, 2 or 4" in message
+    check(config, 6)
+
+
+def test_context_parallel_ranks_share_their_part_of_the_batch():
+    """Of eight ranks four in pairs work on a response each, so that twelve are three rounds."""
+    config = config_with(**{"student.parallel.context_parallel_size": 2})
+    check(config, 8)
+    message = message_of(config_with(), 8)
+    assert "the student's data-parallel size = 8 (8 ranks / 1 model-parallel)" in message
+    config.global_batch_size = 6
+    message = message_of(config, 8)
+    assert "the student's data-parallel size = 4 (8 ranks / 2 model-parallel)" in message
+
+
 def test_the_feed_forward_size_must_divide_too():
     parallel = ParallelConfig(tensor_model_parallel_size=2)
     with pytest.raises(

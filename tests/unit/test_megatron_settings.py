@@ -56,6 +56,7 @@ def test_what_is_accepted_is_in_megatrons_dataclasses() -> None:
         ("expert_tensor_parallel_size", "it is always 1: an expert is whole on its rank"),
         ("moe_router_topk", "config.json in student.path says it"),
         ("sequence_parallel", "student.parallel.sequence_parallel sets it"),
+        ("context_parallel_size", "student.parallel.context_parallel_size sets it"),
         ("pipeline_dtype", "student.dtype sets it"),
         ("bf16", "student.dtype sets it"),
         ("lr", "optimizer.lr sets it"),

@@ -1,16 +1,19 @@
 """Micro-batches hold every sequence once, and what they write back lands where it came from."""
 
 import math
+from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support.made_trajectories import make
+from torch import Tensor
 
 from poweropd_megatron.rollout.trajectories import Trajectories
 from poweropd_megatron.train.batching import Batching
-from poweropd_megatron.train.microbatches import cut_batch, rows_of
+from poweropd_megatron.train.microbatches import MicroBatch, cut_batch, rows_of
 
 
 @st.composite
@@ -27,13 +30,46 @@ def batches(draw: st.DrawFn) -> Trajectories:
 
 @st.composite
 def batchings(draw: st.DrawFn) -> Batching:
+    """Context-parallel ones pad to two slices a rank, of which each rank takes an even share."""
+    cp_size = draw(st.sampled_from([1, 1, 2, 3]))
+    of_rank = draw(st.sampled_from([1, 2, 4] if cp_size == 1 else [2, 4, 6]))
     return Batching(
         micro_batch_size=draw(st.integers(1, 14)),
         max_tokens_per_microbatch=draw(st.none() | st.integers(1, 60)),
         dp_size=draw(st.integers(1, 4)),
-        length_multiple=draw(st.sampled_from([1, 2, 4])),
+        length_multiple=of_rank * cp_size,
+        cp_size=cp_size,
         num_microbatches_multiple=draw(st.sampled_from([1, 1, 2, 3])),
     )
+
+
+def whole_batches(
+    trajectories: Trajectories, mask_BT: Tensor, batching: Batching, *, dp_rank: int
+) -> list[MicroBatch]:
+    """Return the micro-batches of a data-parallel rank, put together from what cp ranks have."""
+    by_rank = [
+        cut_batch(trajectories, mask_BT, batching, dp_rank=dp_rank, cp_rank=cp_rank)
+        for cp_rank in range(batching.cp_size)
+    ]
+    return [put_together(parts) for parts in zip(*by_rank, strict=True)]
+
+
+def put_together(parts: Sequence[MicroBatch]) -> MicroBatch:
+    """Return the micro-batch whose zig-zag slices these are."""
+    size, first = len(parts), parts[0]
+    width = first.token_ids_RS.shape[1] * size
+    fields = {}
+    for name in ("token_ids_RS", "target_RS", "mask_RS"):
+        of_sequences = [
+            getattr(part, name).split([n // size for n in first.packed_lengths or [width]], dim=1)
+            for part in parts
+        ]
+        slices = []
+        for of_ranks in zip(*of_sequences, strict=True):
+            halves = [x.chunk(2, dim=1) if size > 1 else (x, x[:, :0]) for x in of_ranks]
+            slices += [early for early, _ in halves] + [late for _, late in reversed(halves)]
+        fields[name] = torch.cat(slices, dim=1)
+    return replace(first, **fields)
 
 
 @given(trajectories=batches(), batching=batchings())
@@ -44,29 +80,32 @@ def test_each_sequence_is_in_one_micro_batch_of_one_rank_whole_and_in_place(
     mask_BT = trajectories.response_mask_BT
     placed = []
     for rank in range(batching.dp_size):
-        for batch in cut_batch(trajectories, mask_BT, batching, dp_rank=rank):
+        for batch in whole_batches(trajectories, mask_BT, batching, dp_rank=rank):
             placed += batch.rows_b.tolist()
             width = batch.token_ids_RS.shape[1]
             assert width % batching.length_multiple == 0
-            assert batch.mask_RS.shape == batch.source_RS.shape == batch.token_ids_RS.shape
-            found = list(zip(batch.token_ids_RS, batch.mask_RS, strict=True))
+            assert batch.mask_RS.shape == batch.target_RS.shape == batch.token_ids_RS.shape
+            next_RS = batch.cut(trajectories.token_ids_BT)
+            found = list(zip(batch.token_ids_RS, next_RS, batch.mask_RS, strict=True))
             if batching.is_packed:
-                [(ids, mask)] = found
                 lengths = trajectories.total_lengths_B[batch.rows_b].tolist()
-                padding = width - sum(lengths)
+                padded = [batching.padded_length(length) for length in lengths]
+                padding = width - sum(padded)
                 assert 0 <= padding < batching.length_multiple + (not lengths)
-                assert batch.packed_lengths == (*lengths, *([padding] if padding else []))
-                assert not ids[sum(lengths) :].any()
-                assert not mask[sum(lengths) :].any()
-                parts = (x.split(batch.packed_lengths) for x in (ids, mask))
+                assert batch.packed_lengths == (*padded, *([padding] if padding else []))
+                assert not batch.token_ids_RS[0, sum(padded) :].any()
+                assert not batch.mask_RS[0, sum(padded) :].any()
+                parts = (x.split(batch.packed_lengths) for x in found[0])
                 found = list(zip(*parts, strict=True))
             else:
                 assert batch.packed_lengths is None
-            for row, (ids, mask) in zip(batch.rows_b.tolist(), found, strict=False):
+            for row, (ids, following, mask) in zip(batch.rows_b.tolist(), found, strict=False):
                 length = int(trajectories.total_lengths_B[row])
                 assert torch.equal(ids[:length], trajectories.token_ids_BT[row, :length])
                 assert not ids[length:].any()
-                assert ids[mask].tolist() == trajectories.response_ids(row)
+                assert torch.equal(following[: length - 1], ids[1:length])
+                assert not mask[length - 1 :].any()
+                assert following[mask].tolist() == trajectories.response_ids(row)
     assert sorted(placed) == list(range(trajectories.num_sequences))
 
 
@@ -77,7 +116,7 @@ def test_padded_micro_batches_are_full_and_as_long_as_their_longest_sequence(
     if batching.is_packed:
         return
     for rank in range(batching.dp_size):
-        micro_batches = cut_batch(
+        micro_batches = whole_batches(
             trajectories, trajectories.response_mask_BT, batching, dp_rank=rank
         )
         sizes = [len(batch.rows_b) for batch in micro_batches]
@@ -100,7 +139,8 @@ def test_a_packed_micro_batch_keeps_the_budget_with_its_padding(
     if budget is None:
         return
     for rank in range(batching.dp_size):
-        for batch in cut_batch(trajectories, trajectories.response_mask_BT, batching, dp_rank=rank):
+        mask_BT = trajectories.response_mask_BT
+        for batch in whole_batches(trajectories, mask_BT, batching, dp_rank=rank):
             assert len(batch.rows_b) <= 1 or batch.token_ids_RS.numel() <= budget
 
 
@@ -110,7 +150,7 @@ def test_all_ranks_have_as_many_micro_batches_and_empty_ones_are_small_and_count
 ) -> None:
     counts = set()
     for rank in range(batching.dp_size):
-        micro_batches = cut_batch(
+        micro_batches = whole_batches(
             trajectories, trajectories.response_mask_BT, batching, dp_rank=rank
         )
         counts.add(len(micro_batches))
@@ -130,8 +170,10 @@ def test_values_written_back_land_on_the_tokens_that_they_were_cut_from(
     values_BT = 1.0 + torch.arange(mask_BT.numel()).reshape(mask_BT.shape)
     written_BT = torch.zeros(mask_BT.shape)
     for rank in range(batching.dp_size):
-        for batch in cut_batch(trajectories, mask_BT, batching, dp_rank=rank):
-            batch.put(written_BT, batch.cut(values_BT)[batch.mask_RS])
+        for cp_rank in range(batching.cp_size):
+            for batch in cut_batch(trajectories, mask_BT, batching, dp_rank=rank, cp_rank=cp_rank):
+                assert not written_BT.flatten()[batch.target_RS[batch.mask_RS]].any()
+                batch.put(written_BT, batch.cut(values_BT)[batch.mask_RS])
     assert torch.equal(written_BT, torch.where(mask_BT, values_BT, 0.0))
 
 
@@ -143,7 +185,7 @@ def test_the_padding_fraction_counts_the_positions_of_all_ranks(
     num_positions = sum(
         batch.token_ids_RS.numel()
         for rank in range(batching.dp_size)
-        for batch in cut_batch(trajectories, mask_BT, batching, dp_rank=rank)
+        for batch in whole_batches(trajectories, mask_BT, batching, dp_rank=rank)
     )
     lengths = trajectories.total_lengths_B.tolist()
     assert math.isclose(

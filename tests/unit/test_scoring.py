@@ -42,8 +42,8 @@ def tensors() -> tuple[Tensor, Tensor]:
 def chosen(layout: Layout) -> ChosenTokens:
     """Return ragged rows of chosen positions: the first and last possible, gaps, a row of none."""
     is_chosen_BS = torch.zeros(B, S, dtype=torch.bool)
-    is_chosen_BS[0, 1:] = True
-    is_chosen_BS[1, [1, 4]] = True
+    is_chosen_BS[0] = True
+    is_chosen_BS[1, [0, 3]] = True
     is_chosen_BS[3, S - 1] = True
     labels_BS = torch.randint(V, (B, S), generator=torch.Generator().manual_seed(1))
     return ChosenTokens(
@@ -61,11 +61,11 @@ def rewarded(chosen: ChosenTokens, head: Any) -> RewardedTokens:
 
 
 def exact_logp(hidden_SBH: Tensor, weight_VH: Tensor, chosen: ChosenTokens) -> Tensor:
-    """Return log p of each chosen token given the position before it, row by row, in fp64."""
+    """Return log p of each chosen token at the position that predicts it, row by row, in fp64."""
     logp_SBV = (hidden_SBH @ weight_VH.T).log_softmax(dim=2)
     return torch.stack(
         [
-            logp_SBV[position - 1, row, chosen.labels_BS[row, position]]
+            logp_SBV[position, row, chosen.labels_BS[row, position]]
             for row, position in chosen.is_chosen_BS.nonzero().tolist()
         ]
     )
