@@ -84,14 +84,16 @@ def attend_sliced(
     tokens = [count * length // size for count, length in runs]
     of_ranks = both.unflatten(0, (size, -1)).split(tokens, dim=1)
     slices = []
-    for (count, length), own, gathered in zip(runs, query.split(tokens), of_ranks, strict=True):
+    for (count, length), own, gathered in zip(
+        runs, torch.split(query, tokens), of_ranks, strict=True
+    ):
         m = length // (2 * size)
         # [C, n, 2, m, ...] to [n, 2 * C * m, ...]: the earlier slices of ranks 0, 1, ..., then
         # the later ones of ..., 1, 0.
         pairs = gathered.unflatten(1, (count, 2, m))
         ordered = torch.cat([pairs[:, :, 0], pairs[:, :, 1].flip(0)]).transpose(0, 1).flatten(1, 2)
         key_nSHD, value_nSHD = ordered.unbind(2)
-        own_slices = own.unflatten(0, (count, 2, m)).unbind(1)
+        own_slices = own.view(count, 2, m, *own.shape[1:]).unbind(1)
         for query_nmHD, number in zip(own_slices, (rank, 2 * size - 1 - rank), strict=True):
             visible = (number + 1) * m
             slices.append(_Slices(query_nmHD, key_nSHD[:, :visible], value_nSHD[:, :visible]))
@@ -139,5 +141,5 @@ def _attend_in_one_kernel(slices: Sequence[_Slices], scale: float | None) -> lis
         scale=scale,
     )
     shapes = [part.query.shape[:2] for part in slices]
-    parts = attended.split([count * m for count, m in shapes])
-    return [part.unflatten(0, shape) for part, shape in zip(parts, shapes, strict=True)]
+    parts = torch.split(attended, [count * m for count, m in shapes])
+    return [part.view(*shape, *part.shape[1:]) for part, shape in zip(parts, shapes, strict=True)]

@@ -72,8 +72,9 @@ class SDPACoreAttention(torch.nn.Module):
         self.softmax_scale = softmax_scale
         self.cache = None
         self.is_sliced = True
-        self._cp_group = None if pg_collection is None else pg_collection.cp
-        self._cp_size = 1 if self._cp_group is None else dist.get_world_size(self._cp_group)
+        self._cp_group: dist.ProcessGroup | None = None
+        if pg_collection is not None and dist.get_world_size(pg_collection.cp) > 1:
+            self._cp_group = pg_collection.cp
 
     def forward(
         self,
@@ -89,8 +90,8 @@ class SDPACoreAttention(torch.nn.Module):
         Shapes: query [S, B, Hq, D], key and value [S, B, Hk, D]; result [S, B, Hq * D]. Of a pack:
         query [T, Hq, D], key and value [T, Hk, D]; result [T, Hq * D].
         """
-        if self._cp_size > 1 and self.is_sliced:
-            return self._attend_sliced(query, key, value, packed_seq_params)
+        if self._cp_group is not None and self.is_sliced:
+            return self._attend_sliced(query, key, value, packed_seq_params, self._cp_group)
         if packed_seq_params is not None:
             return self._attend_packed(query, key, value, packed_seq_params).flatten(1)
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
@@ -109,20 +110,25 @@ class SDPACoreAttention(torch.nn.Module):
         return attended.permute(2, 0, 1, 3).flatten(2)
 
     def _attend_sliced(
-        self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSeqParams | None
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        packed: PackedSeqParams | None,
+        group: dist.ProcessGroup,
     ) -> Tensor:
         """Return the attended values of this rank's slices; rows are a pack of equal lengths."""
         shape = query.shape[:-2]
         if packed is None:
             query, key, value = (x.transpose(0, 1).flatten(0, 1) for x in (query, key, value))
-            lengths = [shape[0] * self._cp_size] * shape[1]
+            lengths = [shape[0] * dist.get_world_size(group)] * shape[1]
         else:
             lengths = packed_lengths(packed)
         attended = attend_sliced(
-            query, key, value, lengths=lengths, group=self._cp_group, scale=self.softmax_scale
+            query, key, value, lengths=lengths, group=group, scale=self.softmax_scale
         ).flatten(1)
         if packed is None:
-            attended = attended.unflatten(0, shape[::-1]).transpose(0, 1)
+            attended = attended.view(shape[1], shape[0], -1).transpose(0, 1)
         return attended
 
     def _attend_packed(

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-from megatron.core.models.common.embeddings.rope_utils import get_pos_emb_on_this_cp_rank
+from megatron.core.models.common.embeddings.rope_utils import _get_thd_freqs_on_this_cp_rank
 from support.attention_checks import (
     D,
     config,
@@ -153,7 +153,11 @@ def angles_on_ranks(length: int) -> tuple[Tensor, Tensor, Tensor]:
     own = rotary(length)
     rotary.is_sliced = False
     whole = rotary(length)
-    return own, get_pos_emb_on_this_cp_rank(whole, 0, dist.group.WORLD), whole
+    return (
+        own,
+        _get_thd_freqs_on_this_cp_rank(dist.get_rank(), dist.get_world_size(), own, whole),
+        whole,
+    )
 
 
 def test_rotary_angles_are_those_of_a_ranks_positions_as_megatron_deals_them(
