@@ -5,7 +5,8 @@ CUDA_HOME                the CUDA toolkit, where nvcc's own place doesn't tell
 TORCH_CUDA_ARCH_LIST     GPU architectures; by default 8.0;9.0;10.0;12.0+PTX
 CXX                      the C++ compiler
 
-What was built, and why something was not, is written to build/extension.txt.
+What was built, and why something was not, is written to build/extension.txt; earlier builds of what
+is not built are removed, since they would be loaded.
 """
 
 import os
@@ -18,6 +19,8 @@ import sysconfig
 from pathlib import Path
 
 from setuptools import setup
+from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 ARCHITECTURES = "8.0;9.0;10.0;12.0+PTX"
@@ -39,7 +42,13 @@ def why_no_cpu_extension() -> str:
             "torch can't be imported by this build: install torch first, and this project with "
             "pip's --no-build-isolation"
         )
-    compiler = shlex.split(os.environ.get("CXX", "c++"))[0]
+    command = os.environ.get("CXX", "c++")
+    try:
+        compiler = (shlex.split(command) or [""])[0]
+    except ValueError:
+        compiler = ""
+    if not compiler:
+        return f"CXX={command} names no compiler: set it to a command such as g++, or unset it"
     if shutil.which(compiler) is None:
         return f"no C++ compiler ({compiler}) is on PATH: install g++, or set CXX"
     if not Path(sysconfig.get_path("include"), "Python.h").exists():
@@ -88,7 +97,11 @@ def extensions() -> tuple[list, dict]:
         if choice == "1":
             sys.exit(f"setup.py: POWEROPD_CUDA=1, but {reason}")
         note(f"no compiled kernels: {reason}")
-        return [], {}
+        # Without modules to build, only build_py is sure to run.
+        return [], {
+            "build_ext": removing("_cpu", "_cuda", before=build_ext),
+            "build_py": removing("_cpu", "_cuda", before=build_py),
+        }
     # ninja, where it is installed, compiles files side by side.
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     reason = "POWEROPD_CUDA=0" if choice == "0" else why_no_cuda_extension()
@@ -123,7 +136,8 @@ def extensions() -> tuple[list, dict]:
     if choice != "1":
         for module in modules:
             module.optional = True
-    return modules, {"build_ext": build_command(reason)}
+    command = build_command(reason)
+    return modules, {"build_ext": removing("_cuda", before=command) if reason else command}
 
 
 def build_command(why_no_cuda: str) -> type:
@@ -167,13 +181,31 @@ def build_command(why_no_cuda: str) -> type:
                 self.leave_out(ext, error)
 
         def leave_out(self, ext, error):
-            path = Path(self.get_ext_fullpath(ext.name))
-            path.unlink(missing_ok=True)
-            (ROOT / "poweropd_megatron" / "ops" / path.name).unlink(missing_ok=True)
+            name = ext.name.rpartition(".")[2]
+            remove_builds(name)
             first_line = str(error).strip().partition("\n")[0]
-            self.failures[ext.name.rpartition(".")[2]] = f"they didn't compile ({first_line})"
+            self.failures[name] = f"they didn't compile ({first_line})"
 
     return KernelBuild
+
+
+def removing(*names: str, before: type) -> type:
+    """Return a setuptools command that removes all builds of these modules before it runs."""
+
+    class RemovingCommand(before):
+        def run(self):
+            for name in names:
+                remove_builds(name)
+            super().run()
+
+    return RemovingCommand
+
+
+def remove_builds(name: str) -> None:
+    """Remove what earlier builds left of a module, beside its sources and for wheels."""
+    for folder in (ROOT, *ROOT.glob("build/lib*")):
+        for path in (folder / "poweropd_megatron" / "ops").glob(f"{name}.*so"):
+            path.unlink()
 
 
 def packaged_cuda_headers() -> list[str]:

@@ -33,6 +33,8 @@ class CompiledRows:
         self.module.row_stats(
             logits_NVp, targets_N, stats_N4, first_column, columns, with_entropy, accumulate
         )
+        # Autograd would else miss that a tensor was written which it may have kept.
+        torch.autograd.graph.increment_version(stats_N4)
         return stats_N4
 
     def combine(
@@ -81,6 +83,7 @@ class CompiledRows:
         self.module.row_grad(
             logits_NVp, targets_N, maximum_N, inverse_sum_N, grad_N, first_column, columns
         )
+        torch.autograd.graph.increment_version(logits_NVp)
 
 
 def num_valid_columns(logits_NVp: Tensor, first_column: int, vocab_size: int) -> int:

@@ -8,10 +8,12 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from poweropd_megatron.objectives.loss import policy_gradient_loss
+from poweropd_megatron.ops.arguments import check_fp32
 from poweropd_megatron.ops.backends import IGNORED_TARGET, kernels_for
 from poweropd_megatron.ops.lm_head_tiles import (
     Gradients,
@@ -20,11 +22,11 @@ from poweropd_megatron.ops.lm_head_tiles import (
     even_slices,
     is_widened,
 )
-from poweropd_megatron.ops.logprob import combine_over_ranks
 from poweropd_megatron.ops.matmul import product
 
 CHUNK_BYTES = {"cpu": 192 << 20, "cuda": 2 << 30}
-"""Logits of the tokens that are visited at a time: whole rows of this rank's columns. The weight's
+"""Logits of the tokens that are visited at a time: whole rows of a rank's columns, padding not
+counted. The weight's
 gradient is read and written once a chunk, which a GPU's memory feels sooner."""
 
 
@@ -55,7 +57,9 @@ def fused_policy_gradient(
     The reward has to be of each token by itself, and is held constant. Each chunk of tokens is
     visited once: its logits, their softmax, the rewards, the gradient over the logits, the shares
     of the gradients. With a `main_grad` on the weight these are added to it here, so the loss must
-    be differentiated exactly once, with an upstream gradient of 1 (asserted).
+    be differentiated exactly once, with an upstream gradient of 1. That is asserted in backward,
+    when main_grad has been written; a reward that raises in a later chunk leaves main_grad with the
+    chunks before it. Either way, zero main_grad before going on.
     The gradient of hidden_NH is this rank's share, as for any column-parallel layer. Rows that are
     ignored are multiplied like the others, so NaN in their hidden states would reach the weight's
     gradient: leave them out.
@@ -66,7 +70,7 @@ def fused_policy_gradient(
     Raises: ValueError naming the tensor that doesn't fit.
     """
     head.check(hidden_NH, targets_N)
-    _check_fp32("teacher_logp_N", teacher_logp_N, like=targets_N)
+    check_fp32("teacher_logp_N", teacher_logp_N, targets_N.shape, targets_N.device)
     with_gradient = torch.is_grad_enabled() and (
         hidden_NH.requires_grad or head.weight_VpH.requires_grad
     )
@@ -103,9 +107,9 @@ class _GradientInForward(torch.autograd.Function):
             stats = kernels.row_stats(
                 logits, targets, first_column=head.first_column, vocab_size=head.vocab_size
             )
-            softmax = combine_over_ranks(stats, targets, head.tp_group, with_entropy=True)
+            softmax = head.combine(stats, targets, with_entropy=True)
             reward_n = reward(teacher_logp_N[rows], softmax.logp_N)
-            _check_fp32("what reward returns", reward_n, like=targets)
+            check_fp32("what reward returns", reward_n, targets.shape, targets.device)
             reward_n = torch.where(targets == IGNORED_TARGET, 0.0, reward_n)
             loss += policy_gradient_loss(softmax.logp_N, reward_n)
             assert softmax.entropy_N is not None
@@ -153,7 +157,9 @@ class _GradientInForward(torch.autograd.Function):
 def _logit_chunks(hidden_NH: Tensor, head: LMHead) -> Iterator[tuple[slice, Tensor]]:
     """Yield (rows, logits) over chunks of tokens; each overwrites the one before."""
     weight_VpH = head.weight_VpH
-    row_bytes = max(1, len(weight_VpH)) * head.logits_dtype.itemsize
+    # By what is the same on all ranks, which have to have the same chunks.
+    num_ranks = dist.get_world_size(head.tp_group)
+    row_bytes = -(-head.vocab_size // num_ranks) * head.logits_dtype.itemsize
     chunks = even_slices(len(hidden_NH), CHUNK_BYTES[hidden_NH.device.type] // row_bytes)
     buffer = hidden_NH.new_empty(
         chunks[0].stop if chunks else 0, len(weight_VpH), dtype=head.logits_dtype
@@ -168,12 +174,3 @@ def _logit_chunks(hidden_NH: Tensor, head: LMHead) -> Iterator[tuple[slice, Tens
 def _product_tiles(weight_VpH: Tensor, rows: slice) -> list[slice]:
     """Return the columns to be multiplied at a time: all, unless their weights are widened."""
     return column_tiles(weight_VpH, rows) if is_widened(weight_VpH) else [slice(0, len(weight_VpH))]
-
-
-def _check_fp32(name: str, values_N: Tensor, *, like: Tensor) -> None:
-    if values_N.shape != like.shape or values_N.dtype != torch.float32:
-        raise ValueError(
-            f"{name} must be [{len(like)}] fp32, got {tuple(values_N.shape)} {values_N.dtype}"
-        )
-    if values_N.device != like.device:
-        raise ValueError(f"{name} is on {values_N.device}, expected {like.device}")

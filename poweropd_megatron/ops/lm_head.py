@@ -16,7 +16,6 @@ from poweropd_megatron.ops.backends import IGNORED_TARGET, Softmaxes, kernels_fo
 from poweropd_megatron.ops.lm_head_tiles import Gradients, LMHead, logit_tiles
 from poweropd_megatron.ops.logprob import (
     TokenLogprobs,
-    combine_over_ranks,
     vocab_parallel_logprob,
 )
 from poweropd_megatron.ops.matmul import product
@@ -47,12 +46,14 @@ def score(
             with_entropy=with_entropy,
             stats_N4=stats_N4[rows],
         )
-    return combine_over_ranks(stats_N4, targets_N, head.tp_group, with_entropy=with_entropy)
+    return head.combine(stats_N4, targets_N, with_entropy=with_entropy)
 
 
 def recomputed_logprob(hidden_NH: Tensor, head: LMHead, targets_N: Tensor) -> TokenLogprobs:
     """Return log p(target) and the entropy of each token; the logits are made again for backward.
 
+    Rows that are ignored are multiplied like the others, in backward too, so NaN in their hidden
+    states would reach the weight's gradient: leave them out.
     Memory, cost forward: as `score`. Backward: three GEMMs, a tile of logits, no collective.
     Raises: ValueError naming the tensor that doesn't fit.
     """
@@ -66,6 +67,8 @@ def recomputed_logprob(hidden_NH: Tensor, head: LMHead, targets_N: Tensor) -> To
 def materialized_logprob(hidden_NH: Tensor, head: LMHead, targets_N: Tensor) -> TokenLogprobs:
     """Return log p(target) and the entropy of each token, from all logits of this rank at once.
 
+    Rows that are ignored are multiplied like the others, in backward too, so NaN in their hidden
+    states would reach the weight's gradient: leave them out.
     Memory: [N, Vp] in the head's logits_dtype, which the gradient overwrites.
     Cost: three GEMMs; one all_gather of 16 bytes a token.
     Raises: ValueError naming the tensor that doesn't fit.

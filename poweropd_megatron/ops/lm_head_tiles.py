@@ -10,8 +10,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from poweropd_megatron.ops.arguments import check_dense, check_integer
+from poweropd_megatron.ops.backends import Softmaxes
+from poweropd_megatron.ops.logprob import combine_over_ranks
 from poweropd_megatron.ops.matmul import add_product_, product
-from poweropd_megatron.ops.rows import LOGIT_DTYPES, check_shards, check_targets
+from poweropd_megatron.ops.rows import LOGIT_DTYPES, check_targets
 
 TILE_BYTES = {"cpu": 16 << 20, "cuda": 512 << 20}
 """Logits, in fp32, of a tile: a CPU's stay near its cache, a GPU wants large products."""
@@ -40,6 +43,9 @@ class LMHead:
     def check(self, hidden_NH: Tensor, targets_N: Tensor) -> None:
         """Return if these fit the head. Raises: ValueError naming what doesn't."""
         weight = self.weight_VpH
+        check_dense("weight_VpH", weight)
+        check_dense("hidden_NH", hidden_NH)
+        check_integer("vocab_size", self.vocab_size, least=1)
         if weight.dim() != 2 or weight.dtype not in LOGIT_DTYPES:
             raise ValueError(
                 f"weight_VpH must be [Vp, H] fp32 or bf16, got {tuple(weight.shape)} {weight.dtype}"
@@ -57,12 +63,35 @@ class LMHead:
             raise ValueError(
                 f"logits_dtype must be fp32 or the weight's {weight.dtype}, got {self.logits_dtype}"
             )
-        check_shards(
-            len(weight),
-            num_ranks=dist.get_world_size(self.tp_group),
-            vocab_size=self.vocab_size,
-        )
         check_targets(targets_N, len(hidden_NH), hidden_NH.device, vocab_size=self.vocab_size)
+        _check_main_grad(weight)
+
+    def combine(self, stats_N4: Tensor, targets_N: Tensor, *, with_entropy: bool) -> Softmaxes:
+        """Return the softmaxes of rows from all ranks' states; see logprob.combine_over_ranks."""
+        return combine_over_ranks(
+            stats_N4,
+            targets_N,
+            self.tp_group,
+            num_columns=len(self.weight_VpH),
+            vocab_size=self.vocab_size,
+            with_entropy=with_entropy,
+        )
+
+
+def _check_main_grad(weight_VpH: Tensor) -> None:
+    main_grad = getattr(weight_VpH, "main_grad", None)
+    if main_grad is None:
+        return
+    name = "main_grad of weight_VpH"
+    check_dense(name, main_grad)
+    if main_grad.shape != weight_VpH.shape:
+        raise ValueError(f"{name} must be {list(weight_VpH.shape)}, got {tuple(main_grad.shape)}")
+    if main_grad.dtype not in (torch.float32, weight_VpH.dtype):
+        raise ValueError(
+            f"{name} must be fp32 or the weight's {weight_VpH.dtype}, got {main_grad.dtype}"
+        )
+    if main_grad.device != weight_VpH.device:
+        raise ValueError(f"{name} is on {main_grad.device}, expected {weight_VpH.device}")
 
 
 class Gradients:

@@ -8,11 +8,13 @@ Shapes: N rows, Vp columns of the vocabulary on this rank (padding included), R 
 import torch
 from torch import Tensor
 
+from poweropd_megatron.ops.arguments import check_dense, check_fp32, check_integer, check_writable
 from poweropd_megatron.ops.backends import IGNORED_TARGET, Softmaxes, kernels_for
 
 LOGIT_DTYPES = (torch.float32, torch.bfloat16)
 
 
+@torch.no_grad()
 def row_stats(
     logits_NVp: Tensor,
     targets_N: Tensor,
@@ -37,7 +39,8 @@ def row_stats(
     """
     check_logits(logits_NVp, targets_N, first_column=first_column, vocab_size=vocab_size)
     if stats_N4 is not None:
-        _check_fp32("stats_N4", stats_N4, (len(targets_N), 4), logits_NVp.device)
+        _check_contiguous("stats_N4", stats_N4, (len(targets_N), 4), logits_NVp.device)
+        check_writable("stats_N4", stats_N4)
     return kernels_for(logits_NVp).row_stats(
         logits_NVp,
         targets_N.contiguous(),
@@ -48,22 +51,27 @@ def row_stats(
     )
 
 
+@torch.no_grad()
 def combine(stats_RN4: Tensor, targets_N: Tensor, *, with_entropy: bool = True) -> Softmaxes:
     """Return each row's softmax from its states on all ranks, merged in their order.
 
     Every rank that gives the same states gets the same bits.
+    Shapes: stats_RN4 [R, N, 4] fp32; targets_N [N] int64, >= 0 or -100 for ignored rows.
     Raises: ValueError naming the tensor that doesn't fit.
     """
+    check_dense("stats_RN4", stats_RN4)
     if stats_RN4.dim() != 3 or stats_RN4.shape[0] < 1:
         raise ValueError(f"stats_RN4 must be [R, N, 4] with R >= 1, got {tuple(stats_RN4.shape)}")
     num_ranks, num_rows, _ = stats_RN4.shape
     _check_targets(targets_N, num_rows, stats_RN4.device)
-    _check_fp32("stats_RN4", stats_RN4, (num_ranks, num_rows, 4), targets_N.device)
+    _check_contiguous("stats_RN4", stats_RN4, (num_ranks, num_rows, 4), targets_N.device)
+    _check_values(targets_N, (targets_N != IGNORED_TARGET) & (targets_N < 0), "be >= 0")
     return kernels_for(stats_RN4).combine(
         stats_RN4, targets_N.contiguous(), with_entropy=with_entropy
     )
 
 
+@torch.no_grad()
 def row_grad_(
     logits_NVp: Tensor,
     targets_N: Tensor,
@@ -79,14 +87,16 @@ def row_grad_(
     Shapes: logits_NVp and targets_N as for row_stats; the others [N] fp32: the softmaxes' maximum
     and inverse sum, and the gradient of the loss with respect to the target's log-prob, 0 for
     ignored rows. Padding columns and rows with a zero gradient become 0 without being read.
+    Autograd sees that the logits were written, as by any operation in place.
     Cost: one read and one write of the logits.
     Raises: ValueError naming the tensor that doesn't fit.
     """
     check_logits(logits_NVp, targets_N, first_column=first_column, vocab_size=vocab_size)
     check_rows_apart(logits_NVp)
+    check_writable("logits_NVp", logits_NVp)
     scales = {"maximum_N": maximum_N, "inverse_sum_N": inverse_sum_N, "grad_N": grad_N}
     for name, scale in scales.items():
-        _check_fp32(name, scale, (len(targets_N),), logits_NVp.device)
+        _check_contiguous(name, scale, (len(targets_N),), logits_NVp.device)
     kernels_for(logits_NVp).row_grad_(
         logits_NVp,
         targets_N.contiguous(),
@@ -102,6 +112,7 @@ def check_logits(
     logits_NVp: Tensor, targets_N: Tensor, *, first_column: int, vocab_size: int
 ) -> None:
     """Return if the kernels can work on these. Raises: ValueError naming what doesn't fit."""
+    check_dense("logits_NVp", logits_NVp)
     if logits_NVp.dim() != 2:
         raise ValueError(f"logits_NVp must be [N, Vp], got {tuple(logits_NVp.shape)}")
     if logits_NVp.dtype not in LOGIT_DTYPES:
@@ -111,12 +122,8 @@ def check_logits(
             f"logits_NVp must have stride 1 along the columns, got {logits_NVp.stride(1)}: "
             "call .contiguous() first"
         )
-    if logits_NVp.is_neg():
-        raise ValueError("logits_NVp is a lazily negated view: call .resolve_neg() first")
-    if first_column < 0:
-        raise ValueError(f"first_column must be >= 0, got {first_column}")
-    if vocab_size < 1:
-        raise ValueError(f"vocab_size must be >= 1, got {vocab_size}")
+    check_integer("first_column", first_column, least=0)
+    check_integer("vocab_size", vocab_size, least=1)
     check_targets(targets_N, logits_NVp.shape[0], logits_NVp.device, vocab_size=vocab_size)
 
 
@@ -131,7 +138,7 @@ def check_rows_apart(logits_NVp: Tensor) -> None:
 
 def check_shards(num_columns: int, *, num_ranks: int, vocab_size: int) -> None:
     """Return if the ranks' columns are at least the vocabulary. Raises: ValueError otherwise."""
-    if not 1 <= vocab_size <= num_ranks * num_columns:
+    if vocab_size > num_ranks * num_columns:
         raise ValueError(
             f"vocab_size must be 1 to {num_ranks * num_columns}, which is {num_columns} columns on "
             f"each of {num_ranks} ranks, got {vocab_size}"
@@ -148,14 +155,19 @@ def check_targets(
     """
     _check_targets(targets_N, num_rows, device)
     is_bad_N = (targets_N != IGNORED_TARGET) & ((targets_N < 0) | (targets_N >= vocab_size))
+    _check_values(targets_N, is_bad_N, f"lie in [0, {vocab_size})")
+
+
+def _check_values(targets_N: Tensor, is_bad_N: Tensor, wanted: str) -> None:
     if bool(is_bad_N.any()):
         raise ValueError(
-            f"targets_N must lie in [0, {vocab_size}) or be {IGNORED_TARGET}, got "
-            f"{int(targets_N[is_bad_N][0])} in row {int(is_bad_N.nonzero()[0])}"
+            f"targets_N must {wanted} or be {IGNORED_TARGET}, got {int(targets_N[is_bad_N][0])} in "
+            f"row {int(is_bad_N.nonzero()[0])}"
         )
 
 
 def _check_targets(targets_N: Tensor, num_rows: int, device: torch.device) -> None:
+    check_dense("targets_N", targets_N)
     if targets_N.shape != (num_rows,) or targets_N.dtype != torch.int64:
         raise ValueError(
             f"targets_N must be [{num_rows}] int64, got {tuple(targets_N.shape)} {targets_N.dtype}"
@@ -166,13 +178,10 @@ def _check_targets(targets_N: Tensor, num_rows: int, device: torch.device) -> No
         raise ValueError("targets_N is on meta, expected a device with memory")
 
 
-def _check_fp32(name: str, tensor: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
-    if tensor.shape != shape or tensor.dtype != torch.float32:
-        raise ValueError(
-            f"{name} must be {list(shape)} fp32, got {tuple(tensor.shape)} {tensor.dtype}"
-        )
-    if tensor.device != device:
-        raise ValueError(f"{name} is on {tensor.device}, expected {device}")
+def _check_contiguous(
+    name: str, tensor: Tensor, shape: tuple[int, ...], device: torch.device
+) -> None:
+    check_fp32(name, tensor, shape, device)
     if not tensor.is_contiguous():
         raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}")
     if shape[-1:] == (4,) and tensor.data_ptr() % 16:

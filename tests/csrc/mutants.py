@@ -126,6 +126,24 @@ MUTANTS = (
     _kernels(
         "states of the ranks mixed up", "stats[shard * rows + row]", "stats[row * shards + shard]"
     ),
+    _kernels(
+        "states of another order of ranks",
+        "for (int shard = 0; shard < shards; ++shard)",
+        "for (int shard = shards - 1; shard >= 0; --shard)",
+    ),
+    _kernels(
+        "combine: the first block's rows in every block",
+        "blockIdx.x * int64_t(blockDim.x) + threadIdx.x;\n  if (row >= rows) return;",
+        "threadIdx.x;\n  if (row >= rows) return;",
+    ),
+    Mutant(
+        name="combine: one block for all rows",
+        file="cuda/launch.cu",
+        text="dim3(unsigned((rows + kTokensPerBlock - 1) / kTokensPerBlock)),\n"
+        "                  dim3(kTokensPerBlock), stream, reinterpret_cast<const float4*>(stats)",
+        replacement="dim3(1u),\n"
+        "                  dim3(kTokensPerBlock), stream, reinterpret_cast<const float4*>(stats)",
+    ),
     _kernels("no one-hot", "column == target ? grad : 0.0f", "0.0f"),
     _kernels("rows without a gradient read", "if (grad == 0.0f) columns = 0;", ""),
     _kernels("padding not blanked", "rest(begin + columns, width - columns);", "rest(begin, 0);"),

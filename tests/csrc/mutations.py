@@ -24,7 +24,7 @@ from support import ptx_backend, simt_backend
 from support.ptx_backend import ptx_rows
 from support.reward_checks import check_rewards
 from support.row_cases import CASES
-from support.row_checks import check_stats_and_gradient
+from support.row_checks import check_order_of_ranks, check_stats_and_gradient
 from support.simt_backend import simt_rows
 from support.simt_checks import check_case
 
@@ -80,7 +80,10 @@ def noticed_by_simt(csrc: Path) -> str | None:
     def check() -> None:
         for name in NAMES:
             check_case(library, name, BLOCK)
-        check_rewards(simt_rows(library))
+        rows = simt_rows(library, block=BLOCK)
+        check_stats_and_gradient(rows, CASES["many-rows"])
+        check_order_of_ranks(rows)
+        check_rewards(rows)
 
     return in_child(check)
 

@@ -10,7 +10,7 @@ from support.ptx.program import Kernel
 from support.ptx_backend import coverage, ptx_rows
 from support.reward_checks import check_rewards
 from support.row_cases import CASES
-from support.row_checks import check_stats_and_gradient
+from support.row_checks import check_order_of_ranks, check_stats_and_gradient
 from support.simt_checks import bits, suits
 
 REASON = ptx_backend.why_not()
@@ -36,6 +36,10 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Kernel]:
 )
 def test_results_are_those_of_fp64(name: str, block: int, kernels: dict[str, Kernel]) -> None:
     check_stats_and_gradient(ptx_rows(kernels, block=block), CASES[name])
+
+
+def test_ranks_are_merged_in_their_order(kernels: dict[str, Kernel]) -> None:
+    check_order_of_ranks(ptx_rows(kernels, block=32))
 
 
 @pytest.mark.parametrize("noise", [None, 0, 1])

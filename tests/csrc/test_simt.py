@@ -9,7 +9,7 @@ import torch
 from support import simt_backend
 from support.reward_checks import check_rewards
 from support.row_cases import CASES
-from support.row_checks import check_stats_and_gradient
+from support.row_checks import check_order_of_ranks, check_stats_and_gradient
 from support.simt_backend import EmulationError, simt_rows
 from support.simt_checks import bits, check_case, suits
 
@@ -38,6 +38,10 @@ def test_results_are_those_of_fp64_and_the_same_bits_in_any_order_of_threads(
 @pytest.mark.parametrize("name", LARGE)
 def test_vocabularies_of_models_are_exact(name: str, library: Path) -> None:
     check_stats_and_gradient(simt_rows(library), CASES[name])
+
+
+def test_ranks_are_merged_in_their_order(library: Path) -> None:
+    check_order_of_ranks(simt_rows(library))
 
 
 def test_rewards_are_those_of_fp64(library: Path) -> None:

@@ -5,7 +5,7 @@ import torch
 import torch.distributed as dist
 from support.reward_checks import check_rewards
 from support.row_cases import CASES
-from support.row_checks import RowBackend, check_stats_and_gradient
+from support.row_checks import RowBackend, check_order_of_ranks, check_stats_and_gradient
 
 from poweropd_megatron.ops.backends import compiled
 from poweropd_megatron.ops.fused_policy_gradient import fused_policy_gradient
@@ -30,6 +30,10 @@ def test_stats_log_probs_and_gradients_are_those_of_fp64(name: str, backend: Row
     if name.startswith("far-rows") and torch.cuda.mem_get_info()[0] < FAR_ROWS_BYTES:
         pytest.skip("the rows lie 2**31 elements apart: too little GPU memory")
     check_stats_and_gradient(backend, CASES[name], device="cuda", exp_error=2**-22)
+
+
+def test_ranks_are_merged_in_their_order(backend: RowBackend) -> None:
+    check_order_of_ranks(backend, device="cuda")
 
 
 def test_rewards_are_those_of_fp64(backend: RowBackend) -> None:

@@ -26,11 +26,14 @@ CASES = [
     (ONE_PROCESS, "untied"),
     (row("TP2", 2, parallel(2)), "tied"),
     (row("TP2", 2, parallel(2)), "untied"),
+    (row("TP2+SP", 2, parallel(2, sequence=True)), "tied"),
     (row("TP2+SP", 2, parallel(2, sequence=True)), "untied"),
     (row("PP2", 2, parallel(1, 2)), "tied"),
     (row("PP2", 2, parallel(1, 2)), "untied"),
     (row("DP2", 2, parallel()), "untied"),
     (row("TP2xPP2", 4, parallel(2, 2)), "tied"),
+    (row("TP2xPP2+SP", 4, parallel(2, 2, sequence=True)), "tied"),
+    (row("TP2xPP2+SP", 4, parallel(2, 2, sequence=True)), "untied"),
 ]
 """Layouts, and whether the embeddings are tied: then the head's gradient joins the embedding's."""
 
@@ -38,7 +41,9 @@ CASES = [
 def update_with_each_head(heads: Sequence[str], row: Row, *folders: str) -> list[Measured]:
     """Return what this rank saw of the updates with each head, each from the same start."""
     lm_head_tiles.TILE_ROWS = {"cpu": 3}
-    fused_policy_gradient.CHUNK_BYTES = {"cpu": 3 * 4 * 37 // row.student.model_parallel_size}
+    fused_policy_gradient.CHUNK_BYTES = {
+        "cpu": 3 * 4 * -(-37 // row.student.tensor_model_parallel_size)
+    }
     measured = []
     for head in heads:
         measured.append(update_on_ranks(replace(row, head=head), *folders))

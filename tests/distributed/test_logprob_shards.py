@@ -1,8 +1,9 @@
-"""Log-probs over a vocabulary that is cut over 2 and 4 ranks, against dense fp64.
+"""Log-probs over a vocabulary that is cut over 2, 4 and 8 ranks, against dense fp64.
 
 Shapes: N tokens, V vocabulary, Vp columns of it on a rank (padding included).
 """
 
+import os
 from dataclasses import dataclass
 
 import pytest
@@ -11,6 +12,7 @@ import torch.distributed as dist
 from support.rank_pool import RankError, RankPool
 from torch import Tensor
 
+from poweropd_megatron.ops.backends import OVERRIDE, compiled
 from poweropd_megatron.ops.logprob import vocab_parallel_logprob
 
 
@@ -62,6 +64,8 @@ CASES = {
     "large-logits": Case(vocab_size=37, tp_size=4, magnitude=1e4),
     "bf16-TP2": Case(vocab_size=37, tp_size=2, dtype=torch.bfloat16),
     "bf16-TP4": Case(vocab_size=37, tp_size=4, dtype=torch.bfloat16),
+    "padded-TP8": Case(vocab_size=37, tp_size=8),
+    "bf16-TP8": Case(vocab_size=37, tp_size=8, dtype=torch.bfloat16),
 }
 
 
@@ -74,8 +78,9 @@ class Result:
     gradient: Tensor
 
 
-def compute_on_ranks(cases: list[Case]) -> list[Result]:
+def compute_on_ranks(cases: list[Case], back_end: str) -> list[Result]:
     """Return this rank's results, each from its own columns."""
+    os.environ[OVERRIDE] = back_end
     results = []
     for case in cases:
         start = dist.get_rank() * case.columns
@@ -100,13 +105,16 @@ def compute_dense(case: Case, dtype: torch.dtype = torch.float64) -> Result:
     return Result(logp_N=logp_N.detach(), entropy_N=entropy_N.detach(), gradient=logits_NV.grad)
 
 
-@pytest.fixture(scope="module")
-def results(ranks: RankPool) -> dict[str, list[Result]]:
-    """Return the results of every rank for each case."""
+@pytest.fixture(scope="module", params=["", "torch"], ids=["compiled", "torch"])
+def results(request: pytest.FixtureRequest, ranks: RankPool) -> dict[str, list[Result]]:
+    """Return the results of every rank for each case, with the compiled kernels and without."""
+    if not request.param and isinstance(compiled("cpu"), str):
+        pytest.skip("no compiled module")
     results: dict[str, list[Result]] = {}
-    for tp_size in (2, 4):
+    for tp_size in (2, 4, 8):
         names = [name for name, case in CASES.items() if case.tp_size == tp_size]
-        by_rank = ranks.run(compute_on_ranks, [CASES[name] for name in names], world_size=tp_size)
+        cases = [CASES[name] for name in names]
+        by_rank = ranks.run(compute_on_ranks, cases, request.param, world_size=tp_size)
         results |= dict(zip(names, zip(*by_rank, strict=True), strict=True))
     return results
 

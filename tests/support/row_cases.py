@@ -198,6 +198,7 @@ def _cases() -> dict[str, Case]:
     cases |= _both_dtypes(
         "far-rows", Case(vocab_size=50, gap=2**31, kinds=("plain", "high"), offset=2)
     )
+    cases["many-rows"] = Case(vocab_size=7, tp_size=2, kinds=17 * ROW_KINDS)
     wide = Case(vocab_size=70001, tiles=2, offset=3, kinds=ROW_KINDS[:6:2])
     cases |= _both_dtypes("wide", wide)
     for tp_size in (1, 8):

@@ -60,6 +60,15 @@ def check_stats_and_gradient(
     return torch.cat([result.cpu() for result in results])
 
 
+def check_order_of_ranks(backend: RowBackend, device: str = "cpu") -> None:
+    """Check that ranks are merged from the first on: 1 swallows 2^-24 twice, but not 2^-23."""
+    sums_R = torch.tensor([1.0, 2.0**-24, 2.0**-24], device=device)
+    stats_RN4 = torch.zeros(3, 1, 4, device=device)
+    stats_RN4[:, 0, 1] = sums_R
+    combined = backend.combine(stats_RN4, torch.zeros(1, dtype=torch.int64, device=device))
+    assert combined.inverse_sum_N.item() == 1.0, "the ranks are merged in another order"
+
+
 def _bits(values: Tensor) -> Tensor:
     return values.view(torch.int16 if values.dtype == torch.bfloat16 else torch.int32)
 

@@ -19,7 +19,7 @@ SEEDS = (0, 1, 2)
 
 def suits(case: Case, block: int) -> bool:
     """Return whether a case is worth its time, and small enough to add up with few threads."""
-    if block == 1024 and case.tp_size > 1:
+    if (block == 1024 and case.tp_size > 1) or (block != 32 and len(case.kinds) > 100):
         return False
     return not case.large and case.vocab_size <= 1024 * block
 

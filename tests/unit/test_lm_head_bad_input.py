@@ -56,6 +56,8 @@ BAD_WEIGHTS: dict[str, tuple[Tensor, str]] = {
     "another width": (torch.ones(12, 5), "hidden_NH must be [N, 5], got (6, 4)"),
     "bf16": (torch.ones(12, 4).bfloat16(), "weight_VpH torch.bfloat16 on cpu: they must be alike"),
     "elsewhere": (torch.ones(12, 4, device="meta"), "torch.float32 on meta: they must be alike"),
+    "sparse": (torch.ones(12, 4).to_sparse(), "weight_VpH must be a dense strided tensor, got"),
+    "negated": (torch._neg_view(torch.ones(12, 4)), "weight_VpH is a lazily negated view"),
     "too few columns": (
         torch.ones(9, 4),
         "vocab_size must be 1 to 9, which is 9 columns on each of 1 ranks, got 10",
@@ -81,6 +83,8 @@ def test_a_weight_that_does_not_fit_is_refused(call: str, bad: str, head: LMHead
         (torch.ones(6, 4).bfloat16(), "hidden_NH is torch.bfloat16 on cpu, weight_VpH"),
         (torch.ones(6, 4, device="meta"), "hidden_NH is torch.float32 on meta, weight_VpH"),
         (torch.ones(7, 4), "targets_N must be [7] int64, got (6,)"),
+        (torch.ones(6, 4).to_sparse(), "hidden_NH must be a dense strided tensor, got torch.spar"),
+        ([1.0], "hidden_NH must be a dense strided tensor, got list"),
     ],
 )
 @pytest.mark.parametrize("call", CALLS)
@@ -126,6 +130,37 @@ def test_tensors_without_memory_are_refused(call: str, head: LMHead) -> None:
     refused(lambda: CALLS[call](batch.hidden_NH, worse, batch), message)
 
 
+@pytest.mark.parametrize(
+    ("main_grad", "message"),
+    [
+        (torch.zeros(1, 4), "must be [12, 4], got (1, 4)"),
+        (torch.zeros(48), "must be [12, 4], got (48,)"),
+        (torch.zeros(12, 4).double(), "must be fp32 or the weight's torch.float32, got torch.floa"),
+        (torch.zeros(12, 4, device="meta"), "is on meta, expected cpu"),
+        (torch.zeros(12, 4).to_sparse(), "must be a dense strided tensor, got torch.sparse_coo"),
+    ],
+)
+@pytest.mark.parametrize("call", CALLS)
+def test_a_main_grad_that_does_not_fit_is_refused(
+    call: str, main_grad: Tensor, message: str, head: LMHead
+) -> None:
+    batch, weight = CASE.batch(), torch.nn.Parameter(head.weight_VpH.detach())
+    weight.main_grad = main_grad
+    worse = replace(head, weight_VpH=weight)
+    refused(
+        lambda: CALLS[call](batch.hidden_NH, worse, batch), f"main_grad of weight_VpH {message}"
+    )
+
+
+@pytest.mark.parametrize("vocab_size", [4.5, True, 2**31])
+@pytest.mark.parametrize("call", CALLS)
+def test_a_vocabulary_that_is_no_number_of_tokens_is_refused(
+    call: str, vocab_size: float, head: LMHead
+) -> None:
+    batch, worse = CASE.batch(), replace(head, vocab_size=vocab_size)
+    refused(lambda: CALLS[call](batch.hidden_NH, worse, batch), f"got {vocab_size}")
+
+
 BAD_FP32: dict[str, tuple[Tensor, str]] = {
     "bf16": (torch.ones(6).bfloat16(), "must be [6] fp32, got (6,) torch.bfloat16"),
     "fp64": (torch.ones(6).double(), "must be [6] fp32, got (6,) torch.float64"),
@@ -134,6 +169,8 @@ BAD_FP32: dict[str, tuple[Tensor, str]] = {
     "a column": (torch.ones(6, 1), "must be [6] fp32, got (6, 1) torch.float32"),
     "too few": (torch.ones(5), "must be [6] fp32, got (5,) torch.float32"),
     "elsewhere": (torch.ones(6, device="meta"), "is on meta, expected cpu"),
+    "negated": (torch._neg_view(torch.ones(6)), "is a lazily negated view: call .resolve_neg()"),
+    "nothing": (None, "must be a dense strided tensor, got NoneType"),
 }
 
 

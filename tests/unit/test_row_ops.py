@@ -7,7 +7,7 @@ import pytest
 import torch
 from support.reward_checks import check_rewards
 from support.row_cases import CASES
-from support.row_checks import RowBackend, check_stats_and_gradient
+from support.row_checks import RowBackend, check_order_of_ranks, check_stats_and_gradient
 
 from poweropd_megatron.ops import torch_rows
 from poweropd_megatron.ops.backends import compiled
@@ -37,6 +37,10 @@ def backend(request: pytest.FixtureRequest) -> Iterator[RowBackend]:
 @pytest.mark.parametrize("name", CASES)
 def test_stats_log_probs_and_gradients_are_those_of_fp64(name: str, backend: RowBackend) -> None:
     check_stats_and_gradient(backend, CASES[name])
+
+
+def test_ranks_are_merged_in_their_order(backend: RowBackend) -> None:
+    check_order_of_ranks(backend)
 
 
 def test_rewards_are_those_of_fp64(backend: RowBackend) -> None:
