@@ -26,8 +26,8 @@ def check_ranks(config: TrainConfig, world_size: int) -> None:
     """
     num_ranks = config.teacher.num_ranks
     if num_ranks is not None and num_ranks >= world_size:
-        most = world_size - config.student.parallel.model_parallel_size
-        fix = f"use at most {most}, " if most > 0 else ""
+        working = _working(config, world_size)
+        fix = f"set it to {listed(working)}, " if working else ""
         raise ConfigError(
             f"teacher.num_ranks = {num_ranks} leaves none of {world_size} ranks for the student: "
             f"{fix}start at least {num_ranks + config.student.parallel.model_parallel_size} ranks, "
@@ -68,18 +68,23 @@ def _fix(name: str, config: TrainConfig, world_size: int, num_ranks: int) -> str
         return (
             f"ranks ({num_ranks}): start {listed(multiples_around(num_ranks, size))} ranks, {sizes}"
         )
-    student = config.student.parallel.model_parallel_size
-    teacher = config.teacher.parallel.model_parallel_size
-    working = [
-        count
-        for count in range(1, world_size)
-        if count % teacher == 0 and (world_size - count) % student == 0
-    ]
+    working = _working(config, world_size)
     fix = f"set teacher.num_ranks to {listed(working)}, " if working else ""
     return (
         f"the {name}'s ranks ({num_ranks} of {world_size}, with teacher.num_ranks = {own}): "
         f"{fix}{sizes}"
     )
+
+
+def _working(config: TrainConfig, world_size: int) -> list[int]:
+    """Return the values of teacher.num_ranks at which both layouts fit their ranks."""
+    student = config.student.parallel.model_parallel_size
+    teacher = config.teacher.parallel.model_parallel_size
+    return [
+        count
+        for count in range(teacher, world_size, teacher)
+        if (world_size - count) % student == 0
+    ]
 
 
 def _check_batch(config: TrainConfig, num_ranks: int) -> None:

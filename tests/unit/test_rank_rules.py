@@ -38,9 +38,9 @@ def test_layouts_that_fit_their_ranks_are_accepted(own, world_size):
 
 
 def test_a_teacher_that_leaves_no_rank_for_the_student_is_refused():
-    assert message_of(run_on(6), 6) == (
-        "teacher.num_ranks = 6 leaves none of 6 ranks for the student: use at most 4, start at "
-        "least 8 ranks, or leave it out, and both models share all ranks"
+    assert message_of(run_on(9), 9) == (
+        "teacher.num_ranks = 9 leaves none of 9 ranks for the student: set it to 3, start at "
+        "least 11 ranks, or leave it out, and both models share all ranks"
     )
     assert "leaves none of 1 ranks for the student: start at least 8" in message_of(run_on(6), 1)
 
