@@ -141,7 +141,9 @@ def time_rollouts(
         dist.barrier()
         begin = time.perf_counter()
         for number, part in enumerate(parts):
-            rolled_out = run.rollout.generate(part, sampling, stream=(0, number), weight_version=0)
+            rolled_out = run.rollout.generate(
+                part, sampling, stream=(0,), weight_version=0, first_sequence=number * ROWS
+            )
             num_tokens += int(rolled_out.response_lengths_B.sum())
         fastest = min(fastest, time.perf_counter() - begin)
     rolled = Rolled(
