@@ -96,7 +96,8 @@ class RolloutConfig:
     top_k: int = 0
     """Keep the k most likely tokens; 0 keeps all."""
     micro_batch_size: int = 64
-    """Sequences decoded together on each data-parallel rank (bounds the KV cache)."""
+    """Sequences decoded together by each copy of the model (bounds the KV cache); others wait, and
+    take the places of those that end. With pipeline stages, in as many groups: at least as many."""
     num_parts: int = 1
     """Parts that the responses of a step are generated in, one after the other: a teacher on ranks
     of its own (teacher.num_ranks) scores each while the student generates the next."""

@@ -1,8 +1,9 @@
 """One more token on each row of a decoding batch, replayed as a CUDA graph where there is a GPU.
 
 A step of one position is hundreds of small kernels, which a GPU finishes several times faster than
-Python launches them. A graph launches all at once; it is recorded anew when the batch shrinks or
-the cache's view grows.
+Python launches them. A graph launches all at once; it is recorded anew when rows leave, the cache
+grows, or the part of it that a step looks at changes. Prompts that take the place of rows that
+ended change none of these but, if they are long, the latter two.
 Shapes: B sequences, Vp vocabulary columns on this rank.
 """
 
@@ -27,7 +28,7 @@ class DecodeStep:
         self._forward = forward
         self._cache = cache
         self._with_graph = with_graph
-        self._recorded: tuple[int, int] | None = None
+        self._recorded: tuple[int, int, int] | None = None
 
     def __call__(self, tokens_B: Tensor) -> Tensor | None:
         """Return the logits of the token after these, which join the cache.
@@ -37,14 +38,14 @@ class DecodeStep:
         self._cache.advance()
         if not self._with_graph:
             return self._forward(tokens_B[:, None])
-        if self._recorded != (len(tokens_B), self._cache.visible):
+        if self._recorded != self._cache.shape:
             self._record(tokens_B)
         self._token_ids_B1.copy_(tokens_B[:, None])
         self._graph.replay()
         return self._logits_BVp
 
     def _record(self, tokens_B: Tensor) -> None:
-        self._recorded = (len(tokens_B), self._cache.visible)
+        self._recorded = self._cache.shape
         self._token_ids_B1 = tokens_B[:, None].clone()
         self._logits_BVp: Tensor | None = None
         self._graph = torch.cuda.CUDAGraph()  # The graph before gives its memory back here.

@@ -1,12 +1,11 @@
 """The in-process rollout engine: the student's own Megatron modules, with a KV cache.
 
-Shapes: B sequences decoded together, S positions of the longest prompt, Vp vocabulary columns on
-this rank.
+Shapes: B rows, S positions of the longest prompt, Vp vocabulary columns on this rank.
 """
 
+from collections import deque
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
@@ -19,21 +18,23 @@ from poweropd_megatron.parallel.layout import Layout
 from poweropd_megatron.parallel.pipeline import forward_stage
 from poweropd_megatron.parallel.world import most_rows, own_rows
 from poweropd_megatron.rollout.decode_mode import decoding_mode, set_positions
-from poweropd_megatron.rollout.decode_step import DecodeStep
+from poweropd_megatron.rollout.draws import TokenDrawer
 from poweropd_megatron.rollout.responses import Responses
-from poweropd_megatron.rollout.sampling import Sampling, draw_tokens, uniforms
-from poweropd_megatron.rollout.trajectories import FINISH_STOP, Trajectories
-
-_ENDED = -1
+from poweropd_megatron.rollout.row_group import RowGroup, RowPolicy, Share
+from poweropd_megatron.rollout.sampling import Sampling, uniforms
+from poweropd_megatron.rollout.trajectories import Trajectories
 
 
 class MegatronRolloutEngine:
     """Decodes with the student itself: rollouts and training agree, and no weights are sent.
 
     Each copy of the model, of data or of context parallelism, decodes its own share of the prompts,
-    `micro_batch_size` at a time; sequences leave the batch when they end. The last pipeline stage
-    draws the tokens and tells the others. Ranks that share experts decode in step: one that has
-    nothing left to decode goes on with one row, which is nobody's, until the others are done too.
+    at most `micro_batch_size` at a time: as responses end, waiting prompts take their rows. With
+    pipeline stages the rows form as many groups, which have their turns one after the other, so
+    that each stage works on another group. The last stage draws the tokens and tells the others,
+    who wait for them only when that group's next turn begins. Ranks that share experts decode in
+    step: one that has nothing left to decode in a group goes on with one row, which is nobody's,
+    until the others are done too.
     """
 
     def __init__(
@@ -60,7 +61,9 @@ class MegatronRolloutEngine:
         self._with_graph = (
             cuda_graph and layout.device.type == "cuda" and layout.pp_size == 1 and not has_experts
         )
-        self._shrink_at = 0.5 if self._with_graph else 1.0
+        self.num_groups = layout.pp_size
+        # A graph is recorded anew for each number of rows.
+        self.row_policy = RowPolicy(shrink_at=0.5 if self._with_graph else 1.0)
 
     @torch.no_grad()
     def generate(
@@ -76,9 +79,10 @@ class MegatronRolloutEngine:
 
         Called by all ranks of the job; those without the student only learn the trajectories.
         Raises: NonFiniteError on every rank if the student's log-probs were NaN.
-        Cost: one forward a token and micro-batch; with TP a gather of the logits and with TP or PP
-        a broadcast of the tokens each, as with shared experts an all_reduce of one number; at the
-        end one all_reduce of each field of the trajectories.
+        Cost: a forward for each turn of each group, of a token a row or of the prompts that join;
+        with TP a gather of the logits and with TP or PP a broadcast of the tokens each, as with
+        shared experts an all_reduce of one number; at the end one all_reduce of each field of the
+        trajectories.
         """
         rows, responses = self._respond(prompts, sampling, stream, first_sequence)
         trajectories = responses.assemble(prompts, rows, self._layout, weight_version)
@@ -104,136 +108,88 @@ class MegatronRolloutEngine:
             return none, Responses.empty(0, sampling.max_new_tokens)
         rows = own_rows(len(prompts), rank=layout.copy_rank, size=layout.num_copies)
         most = most_rows(len(prompts), ranks=layout.copies_in_step, size=layout.num_copies)
-        responses = Responses.empty(len(rows), sampling.max_new_tokens)
-        with decoding_mode(self._chunks, layout):
-            for start in range(0, most, self._micro_batch_size):
-                part = torch.arange(len(rows))[start : start + self._micro_batch_size]
-                own_prompts = [prompts[i] for i in rows[part].tolist()]
-                sequences = rows[part] + first_sequence
-                self._decode(own_prompts, sequences, part, responses, sampling, stream)
-        return rows, responses
 
-    def _decode(
-        self,
-        prompts: Sequence[Sequence[int]],
-        sequences: Tensor,
-        slots: Tensor,
-        responses: Responses,
-        sampling: Sampling,
-        stream: tuple[int, ...],
-    ) -> None:
-        """Decode prompts, number `sequences` of the stream, into their slots of `responses`.
-
-        Without prompts, keep the ranks company that share experts with this one.
-        """
-        if not prompts:
-            prompts, sequences, slots = [[0]], torch.tensor([0]), torch.tensor([_ENDED])
-        lengths_B = torch.tensor([len(prompt) for prompt in prompts], device=self._layout.device)
-        token_ids = torch.zeros(len(prompts), int(lengths_B.max()), dtype=torch.int64)
-        for row, prompt in enumerate(prompts):
-            token_ids[row, : len(prompt)] = torch.tensor(prompt)
-        uniform_BT = torch.from_numpy(
-            np.stack(
-                [
-                    uniforms(
-                        seed=self._seed, stream=stream, sequence=i, count=sampling.max_new_tokens
-                    )
-                    for i in sequences.tolist()
-                ]
+        def own_uniforms(prompt: int) -> Tensor:
+            return torch.from_numpy(
+                uniforms(
+                    seed=self._seed,
+                    stream=stream,
+                    sequence=first_sequence + int(rows[prompt]),
+                    count=sampling.max_new_tokens,
+                )
             )
+
+        share = Share(
+            prompts=[prompts[i] for i in rows.tolist()],
+            waiting=deque(range(len(rows))),
+            uniforms=own_uniforms,
+            stop_token_ids=self._stop_token_ids,
+            responses=Responses.empty(len(rows), sampling.max_new_tokens),
         )
-        set_positions(self._chunks, None)
-        cache = KVCache(sum(len(chunk.decoder.layers) for chunk in self._chunks), lengths_B)
-        with attached(self._chunks, cache):
-            logits = self._forward(token_ids, last_position_B=lengths_B - 1)
-            decode_step = self._decode_step(cache)
-            for step in range(sampling.max_new_tokens):
-                tokens_B = self._draw(logits, uniform_BT[:, step], step, slots, responses, sampling)
-                is_live = slots >= 0
-                num_live = int(is_live.sum())
-                if step == sampling.max_new_tokens - 1 or self._all_ended(num_live):
-                    break
-                if num_live <= self._shrink_at * len(slots) and num_live < len(slots):
-                    live = torch.nonzero(is_live)[:, 0] if num_live else torch.tensor([0])
-                    slots, uniform_BT, tokens_B = slots[live], uniform_BT[live], tokens_B[live]
-                    cache.keep_rows(live.to(self._layout.device))
-                logits = decode_step(tokens_B.to(self._layout.device))
+        with decoding_mode(self._chunks, layout):
+            self._decode(self._groups(share, sampling, most), share)
+        return rows, share.responses
 
-    def _all_ended(self, num_live: int) -> bool:
-        """Return whether no row of this rank and of those that share experts with it goes on."""
-        if len(self._layout.copies_in_step) == 1:
-            return num_live == 0
-        count = torch.tensor(num_live, device=self._layout.device)
-        dist.all_reduce(count, group=self._layout.groups.ep)
-        return not count.item()
+    def _groups(self, share: Share, sampling: Sampling, most: int) -> list[RowGroup]:
+        """Return the groups of rows; fewer than num_groups if there aren't as many rows.
 
-    def _forward(self, token_ids_BS: Tensor, *, last_position_B: Tensor) -> Tensor | None:
-        """Return the logits of the token after each row's last position, [B, Vp]."""
-        logits: Tensor | None = forward_stage(
-            self._chunks,
-            self._layout,
-            token_ids_BS,
-            output_processor=next_token_logits,
-            context=NextToken(
-                last_position_B=last_position_B,
-                tp_group=self._layout.groups.tp,
-                logits_dtype=self._logits_dtype,
-            ),
-        )
-        return logits
-
-    def _decode_step(self, cache: KVCache) -> DecodeStep:
-        """Return what puts one more token on each row."""
-
-        def forward(token_ids_B1: Tensor) -> Tensor | None:
-            set_positions(self._chunks, cache.positions_B)
-            return self._forward(token_ids_B1, last_position_B=torch.zeros_like(cache.positions_B))
-
-        return DecodeStep(forward, cache, with_graph=self._with_graph)
-
-    def _draw(
-        self,
-        logits_BVp: Tensor | None,
-        uniform_B: Tensor,
-        step: int,
-        slots: Tensor,
-        responses: Responses,
-        sampling: Sampling,
-    ) -> Tensor:
-        """Return the next token of each row, on the whole model copy, after noting it.
-
-        Rows whose slot is negative have ended; the slots of those that end here become so.
+        As many on all ranks that decode in step, of whose shares the largest has `most` prompts.
         """
-        whole = None if logits_BVp is None else self._gather_vocabulary(logits_BVp)
-        drawn = torch.zeros(3, len(slots), dtype=torch.float64, device=self._layout.device)
-        if whole is not None:
-            drawn[0], drawn[1], drawn[2] = draw_tokens(whole, uniform_B, sampling)
-        if dist.get_world_size(self._layout.groups.mp) > 1:
-            dist.broadcast(drawn, src=self._layout.speaker, group=self._layout.groups.mp)
-        drawn = drawn.cpu()
-        tokens_B = drawn[0].long()
-        is_live = slots >= 0
-        live = slots[is_live]
-        responses.token_ids[live, step] = tokens_B[is_live]
-        responses.logp[live, step] = drawn[1, is_live].float()
-        responses.truncated_mass[live, step] = drawn[2, is_live].float()
-        responses.lengths[live] = step + 1
-        ends = is_live & torch.isin(tokens_B, self._stop_token_ids)
-        responses.finish[slots[ends]] = FINISH_STOP
-        slots[ends] = _ENDED
-        return tokens_B
+        num_rows = min(self._micro_batch_size, len(share.prompts))
+        num_groups = min(self.num_groups, self._micro_batch_size, most)
+        drawer = TokenDrawer(self._layout, vocab_size=self._vocab_size, sampling=sampling)
+        return [
+            RowGroup(
+                len(own_rows(num_rows, rank=number, size=num_groups)),
+                share,
+                self._forward,
+                drawer,
+                num_layers=sum(len(chunk.decoder.layers) for chunk in self._chunks),
+                max_new_tokens=sampling.max_new_tokens,
+                policy=self.row_policy,
+                with_graph=self._with_graph,
+                device=self._layout.device,
+            )
+            for number in range(num_groups)
+        ]
 
-    def _gather_vocabulary(self, logits_BVp: Tensor) -> Tensor | None:
-        """Return the logits over the whole vocabulary, without padding, on the rank that draws."""
-        if self._layout.tp_size == 1:
-            return logits_BVp[:, : self._vocab_size]
-        shards = (
-            [torch.empty_like(logits_BVp) for _ in range(self._layout.tp_size)]
-            if self._layout.speaks_for_model
-            else None
-        )
-        dist.gather(logits_BVp, shards, dst=self._layout.speaker, group=self._layout.groups.tp)
-        return None if shards is None else torch.cat(shards, dim=1)[:, : self._vocab_size]
+    def _decode(self, groups: Sequence[RowGroup], share: Share) -> None:
+        """Decode the share's prompts, in the groups' rows."""
+        running = list(groups)
+        while running:
+            for group in list(running):
+                group.finish()
+                if self._goes_on(group.num_live + len(share.waiting)):
+                    group.start()
+                else:
+                    running.remove(group)
+
+    def _goes_on(self, num_responses: int) -> bool:
+        """Return whether this rank, or one that shares experts with it, has responses left."""
+        if len(self._layout.copies_in_step) == 1:
+            return num_responses > 0
+        count = torch.tensor(num_responses, device=self._layout.device)
+        dist.all_reduce(count, group=self._layout.groups.ep)
+        return bool(count.item())
+
+    def _forward(
+        self, token_ids_BS: Tensor, cache: KVCache, *, last_position_B: Tensor
+    ) -> Tensor | None:
+        """Return the logits of the token after each row's last position; see CachedForward."""
+        set_positions(self._chunks, cache.positions_B if cache.joining_J is None else None)
+        with attached(self._chunks, cache):
+            logits: Tensor | None = forward_stage(
+                self._chunks,
+                self._layout,
+                token_ids_BS,
+                output_processor=next_token_logits,
+                context=NextToken(
+                    last_position_B=last_position_B,
+                    tp_group=self._layout.groups.tp,
+                    logits_dtype=self._logits_dtype,
+                ),
+            )
+        return logits
 
 
 def _advice(weight_version: int) -> str:

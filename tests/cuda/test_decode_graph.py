@@ -58,7 +58,7 @@ def test_a_graph_draws_the_same_tokens_while_rows_end_and_the_cache_grows(
 
     def generate(cuda_graph: bool) -> Trajectories:
         engine = MegatronRolloutEngine(
-            chunk,
+            [chunk],
             layout,
             vocab_size=model.vocab_size,
             stop_token_ids=tokenizer.eos_token_ids,

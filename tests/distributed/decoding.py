@@ -44,32 +44,13 @@ def decode_on_ranks(
     samplings: Sequence[Sampling],
     student_ranks: range | None = None,
     part_size: int = len(PROMPTS),
+    micro_batch_size: int = 2,
 ) -> list[Trajectories]:
-    """Return what this rank got of the rollouts, which fill several micro-batches.
+    """Return what this rank got of the rollouts of the first prompts, some at a time.
 
     The student is on all ranks unless its own are given.
     """
-    cpu_device.install()
-    layout = student_layout(parallel, torch.device("cpu"), seed=1, ranks=student_ranks)
-    model = Qwen3Config.from_folder(folder, setting="student.path")
-    config = TrainConfig(
-        output_dir="unused",
-        train_steps=1,
-        global_batch_size=1,
-        student=StudentConfig(path=folder, dtype="fp32", parallel=parallel),
-        teacher=TeacherConfig(path=folder),
-        data=DataConfig(train_files=["unused"]),
-    )
-    engine = MegatronRolloutEngine(
-        Student(config, model, layout).chunks,
-        layout,
-        vocab_size=model.vocab_size,
-        stop_token_ids=STOP_TOKENS,
-        micro_batch_size=2,
-        seed=SEED,
-        logits_dtype=torch.float32,
-        cuda_graph=True,
-    )
+    engine = build_engine(parallel, folder, micro_batch_size, STOP_TOKENS, student_ranks)
     prompts = PROMPTS[:num_prompts]
     return [
         Trajectories.joined(
@@ -86,6 +67,37 @@ def decode_on_ranks(
         )
         for sampling in samplings
     ]
+
+
+def build_engine(
+    parallel: ParallelConfig,
+    folder: str,
+    micro_batch_size: int,
+    stop_token_ids: Sequence[int],
+    student_ranks: range | None = None,
+) -> MegatronRolloutEngine:
+    """Return this rank's engine."""
+    cpu_device.install()
+    layout = student_layout(parallel, torch.device("cpu"), seed=1, ranks=student_ranks)
+    model = Qwen3Config.from_folder(folder, setting="student.path")
+    config = TrainConfig(
+        output_dir="unused",
+        train_steps=1,
+        global_batch_size=1,
+        student=StudentConfig(path=folder, dtype="fp32", parallel=parallel),
+        teacher=TeacherConfig(path=folder),
+        data=DataConfig(train_files=["unused"]),
+    )
+    return MegatronRolloutEngine(
+        Student(config, model, layout).chunks,
+        layout,
+        vocab_size=model.vocab_size,
+        stop_token_ids=stop_token_ids,
+        micro_batch_size=micro_batch_size,
+        seed=SEED,
+        logits_dtype=torch.float32,
+        cuda_graph=True,
+    )
 
 
 @torch.no_grad()

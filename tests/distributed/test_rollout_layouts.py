@@ -67,8 +67,9 @@ def decode(
     folders: dict[str, str],
     ranks: RankPool,
     num_prompts: int = len(PROMPTS),
+    micro_batch_size: int = 2,
 ) -> list[dict[str, Trajectories]]:
-    """Return each rank's trajectories of each sampling."""
+    """Return each rank's trajectories of each sampling; prompts wait for the rows of others."""
     world_size, layout = (LAYOUTS_OF_EXPERTS if kind == "experts" else LAYOUTS)[name]
     by_rank = ranks.run(
         decode_on_ranks,
@@ -76,6 +77,9 @@ def decode(
         folders[f"student-{kind}"],
         num_prompts,
         list(SAMPLINGS.values()),
+        None,
+        len(PROMPTS),
+        micro_batch_size,
         world_size=world_size,
     )
     return [dict(zip(SAMPLINGS, trajectories, strict=True)) for trajectories in by_rank]
@@ -186,3 +190,33 @@ def test_a_data_parallel_rank_without_prompts_gets_the_others_responses(
         for sampling, trajectories in samplings.items():
             expected = of_one_process[kind][sampling]
             assert trajectories.response_ids(0) == expected.response_ids(0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "micro_batch_size"),
+    [
+        ("untied", "PP2", 1),
+        ("untied", "PP2", 3),
+        ("untied", "PP2", 5),
+        ("untied", "PP4", 3),
+        ("untied", "PP4", 8),
+        ("tied", "PP2xVPP2", 4),
+        ("tied", "TP2xPP2", 4),
+        ("experts", "EP2", 1),
+        ("experts", "EP2xPP2", 4),
+        ("experts", "TP2+SPxEP4", 1),
+    ],
+)
+def test_groups_of_any_size_that_take_turns_on_the_stages_draw_the_same_tokens(
+    kind: str,
+    name: str,
+    micro_batch_size: int,
+    folders: dict[str, str],
+    ranks: RankPool,
+    of_one_process: dict[str, dict[str, Trajectories]],
+) -> None:
+    for samplings in decode(kind, name, folders, ranks, micro_batch_size=micro_batch_size):
+        for sampling, trajectories in samplings.items():
+            expected = of_one_process[kind][sampling]
+            assert torch.equal(trajectories.token_ids_BT, expected.token_ids_BT)
+            assert torch.equal(trajectories.total_lengths_B, expected.total_lengths_B)

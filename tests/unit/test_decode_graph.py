@@ -1,10 +1,10 @@
-"""Replayed decoding steps give what plain ones give while rows end and the cache grows, on tapes.
+"""Replayed decoding steps give what plain ones give while rows end and prompts join, on tapes.
 
 Shapes: B sequences, S prompt positions, V vocabulary, Hk heads, D channels of a head.
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -20,6 +20,10 @@ from poweropd_megatron.rollout.decode_step import DecodeStep
 V, HEADS, D, NUM_STEPS = 17, 2, 4, 14
 PROMPT_LENGTHS = (3, 1, 5, 2, 4, 5)
 KEPT_BEFORE_STEP = {4: [0, 1, 2, 4], 9: [1, 3]}
+JOINS_BEFORE_STEP = {2: (3, 2), 6: (1, 13), 10: (0, 1), 11: (1, 40)}
+"""The row, and the length of the prompt that takes it."""
+GONE_BEFORE_STEP = {11: 1}
+"""The row that is free again at once: its prompt has moved the cache, and that is all."""
 VISIBLE_MULTIPLE = 4
 
 
@@ -27,14 +31,18 @@ class Attention:
     """One layer of attention over a cache: from tokens [B, 1] to logits [B, V]."""
 
     def __init__(self) -> None:
-        generator = torch.Generator().manual_seed(0)
+        self._generator = generator = torch.Generator().manual_seed(0)
         self.embedding_VC = torch.randn(V, 3 * HEADS * D, generator=generator)
-        self.position_SC = torch.randn(32, 3 * HEADS * D, generator=generator)
+        self.position_SC = torch.randn(64, 3 * HEADS * D, generator=generator)
         self.output_CV = torch.randn(HEADS * D, V, generator=generator)
-        lengths_B = torch.tensor(PROMPT_LENGTHS)
-        self.cache = KVCache(1, lengths_B)
-        prompt = torch.randn(2, len(lengths_B), HEADS, max(PROMPT_LENGTHS), D, generator=generator)
-        self.cache.layers[0].extend(*prompt)
+        self.cache = KVCache(1, len(PROMPT_LENGTHS), torch.device("cpu"))
+        self.join(range(len(PROMPT_LENGTHS)), PROMPT_LENGTHS)
+
+    def join(self, rows: Sequence[int], lengths: Sequence[int]) -> None:
+        """Fill rows with prompts of these lengths."""
+        self.cache.admit(rows, lengths)
+        shape = (2, len(rows), HEADS, max(lengths), D)
+        self.cache.layers[0].extend(*torch.randn(shape, generator=self._generator))
 
     def __call__(self, token_ids_B1: Tensor) -> Tensor:
         mixed_B1C = self.embedding_VC[token_ids_B1]
@@ -49,7 +57,7 @@ class Attention:
 Step = Callable[..., Any]
 
 
-def decode(make_step: Step, *, with_graph: bool) -> list[Tensor]:
+def decode(make_step: Step, *, with_graph: bool, with_joins: bool = True) -> list[Tensor]:
     """Return the logits of each step, each of the likeliest tokens of the one before."""
     attention = Attention()
     step = make_step(attention, attention.cache, with_graph=with_graph)
@@ -57,9 +65,15 @@ def decode(make_step: Step, *, with_graph: bool) -> list[Tensor]:
     logits = []
     for number in range(NUM_STEPS):
         if number in KEPT_BEFORE_STEP:
-            rows = torch.tensor(KEPT_BEFORE_STEP[number])
+            rows = KEPT_BEFORE_STEP[number]
             attention.cache.keep_rows(rows)
             tokens_B = tokens_B[rows]
+        if with_joins and number in JOINS_BEFORE_STEP:
+            row, length = JOINS_BEFORE_STEP[number]
+            attention.cache.release([row])
+            attention.join([row], [length])
+        if with_joins and number in GONE_BEFORE_STEP:
+            attention.cache.release([GONE_BEFORE_STEP[number]])
         logits.append(step(tokens_B).clone())
         tokens_B = logits[-1].argmax(1)
     return logits
@@ -87,7 +101,7 @@ def test_replayed_steps_give_the_logits_of_plain_ones() -> None:
 
 
 def test_a_graph_is_recorded_for_each_number_of_rows_and_each_view_of_the_cache() -> None:
-    decode(DecodeStep, with_graph=True)
+    decode(DecodeStep, with_graph=True, with_joins=False)
     rows, longest, shapes = len(PROMPT_LENGTHS), max(PROMPT_LENGTHS), set()
     for number in range(NUM_STEPS):
         rows = len(KEPT_BEFORE_STEP.get(number, range(rows)))
@@ -101,12 +115,16 @@ def test_a_graph_is_recorded_for_each_number_of_rows_and_each_view_of_the_cache(
 
 BUGS = {
     "the cache's growth is missed": (
-        "self._recorded != (len(tokens_B), self._cache.visible)",
+        "self._recorded != self._cache.shape",
         "(self._recorded or (0,))[0] != len(tokens_B)",
     ),
     "the rows that ended are missed": (
-        "self._recorded != (len(tokens_B), self._cache.visible)",
-        "(self._recorded or (0, 0))[1] != self._cache.visible",
+        "self._recorded != self._cache.shape",
+        "(self._recorded or (0, 0))[1:] != self._cache.shape[1:]",
+    ),
+    "a prompt that moved the cache and is gone is missed": (
+        "self._recorded != self._cache.shape",
+        "(self._recorded or (0, 0))[:2] != self._cache.shape[:2]",
     ),
     "the tokens aren't copied": ("self._token_ids_B1.copy_(tokens_B[:, None])", "pass"),
     "the graph isn't replayed": ("self._graph.replay()", "pass"),

@@ -17,6 +17,7 @@ from poweropd_megatron.models.qwen3 import Qwen3Config
 from poweropd_megatron.objectives.labels import label
 from poweropd_megatron.parallel.layout import Layout
 from poweropd_megatron.rollout.megatron_engine import MegatronRolloutEngine
+from poweropd_megatron.rollout.row_group import RowPolicy
 from poweropd_megatron.rollout.sampling import Sampling, uniforms
 from poweropd_megatron.rollout.trajectories import FINISH_LENGTH, FINISH_STOP, Trajectories
 from poweropd_megatron.train.teacher import Teacher
@@ -59,6 +60,7 @@ def generate(
     stop: Sequence[int] = (EOS,),
     stream: tuple[int, ...] = STREAM,
     shrink_at: float = 1.0,
+    refill_at: float = 0.25,
 ) -> Trajectories:
     engine = MegatronRolloutEngine(
         [chunk],
@@ -70,7 +72,7 @@ def generate(
         logits_dtype=torch.float32,
         cuda_graph=True,
     )
-    engine._shrink_at = shrink_at
+    engine.row_policy = RowPolicy(shrink_at=shrink_at, refill_at=refill_at)
     return engine.generate(prompts, sampling, stream=stream, weight_version=4)
 
 
@@ -153,16 +155,22 @@ def test_sampled_tokens_are_where_their_uniform_number_falls_in_the_full_forward
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, RANDOM], ids=["greedy", "sampled"])
-def test_the_micro_batch_size_does_not_change_the_responses(
-    chunk: GPTModel, layout: Layout, prompts: list[list[int]], sampling: Sampling
+@pytest.mark.parametrize("refill_at", [0.01, 0.25, 1.0])
+@pytest.mark.parametrize("micro_batch_size", [1, 3, 6])
+def test_waiting_prompts_that_take_the_rows_of_others_change_no_response(
+    chunk: GPTModel,
+    layout: Layout,
+    prompts: list[list[int]],
+    sampling: Sampling,
+    refill_at: float,
+    micro_batch_size: int,
 ) -> None:
     whole = generate(chunk, layout, prompts, sampling, micro_batch_size=8)
-    for micro_batch_size in (1, 3):
-        parts = generate(chunk, layout, prompts, sampling, micro_batch_size=micro_batch_size)
-        assert responses(parts) == responses(whole)
-        torch.testing.assert_close(
-            parts.behaviour_logp_BT, whole.behaviour_logp_BT, rtol=0, atol=2e-5
-        )
+    parts = generate(
+        chunk, layout, prompts, sampling, micro_batch_size=micro_batch_size, refill_at=refill_at
+    )
+    assert responses(parts) == responses(whole)
+    torch.testing.assert_close(parts.behaviour_logp_BT, whole.behaviour_logp_BT, rtol=0, atol=2e-5)
 
 
 def test_a_response_does_not_depend_on_the_other_prompts(
