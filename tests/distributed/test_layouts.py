@@ -166,6 +166,7 @@ ROWS_UNTIED_ONLY = [
     row("disjoint-1+1", 2, parallel(), teacher_ranks=1),
     row("disjoint-2+1-student-TP2", 3, parallel(2), parallel(), teacher_ranks=1),
     row("disjoint-student-DP2-teacher-TP2", 4, parallel(), parallel(2), teacher_ranks=2),
+    row("disjoint-CP2", 4, parallel(context=2), teacher_ranks=2),
     row("disjoint-student-PP2-teacher-DP2", 4, parallel(1, 2), parallel(), teacher_ranks=2),
     row("TP2-teacher-offloaded", 2, parallel(2), offload=True),
 ]
