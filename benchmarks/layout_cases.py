@@ -5,7 +5,6 @@ Both return dataclasses as dictionaries.
 
 import math
 import os
-import statistics
 import tempfile
 import time
 from dataclasses import asdict, dataclass, replace
@@ -100,10 +99,7 @@ def time_steps(parallel: dict[str, object], num_steps: int) -> dict[str, Any]:
     steps = Steps(
         seconds=dict(zip(PHASES, seconds_of_phases, strict=True)),
         communication_seconds=communication,
-        padding_fractions={
-            name: statistics.mean(form.padding_fraction(of_step) for of_step in lengths)
-            for name, form in forms.items()
-        },
+        padding_fractions={name: form.padding_fraction(lengths) for name, form in forms.items()},
     )
     return asdict(steps)
 

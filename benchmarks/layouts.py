@@ -17,10 +17,11 @@ from pathlib import Path
 from layout_cases import PHASES, Rolled, Steps, time_rollouts, time_steps
 from layout_ranks import on_ranks
 
-TENSOR, PIPELINE, VIRTUAL, SEQUENCE = (
+TENSOR, PIPELINE, VIRTUAL, CONTEXT, SEQUENCE = (
     "tensor_model_parallel_size",
     "pipeline_model_parallel_size",
     "virtual_pipeline_model_parallel_size",
+    "context_parallel_size",
     "sequence_parallel",
 )
 LAYOUTS: dict[str, tuple[int, dict[str, object]]] = {
@@ -30,6 +31,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, object]]] = {
     "PP2": (2, {PIPELINE: 2}),
     "PP2xVPP2": (2, {PIPELINE: 2, VIRTUAL: 2}),
     "DP2": (2, {}),
+    "CP2": (2, {CONTEXT: 2}),
     "PP4": (4, {PIPELINE: 4}),
     "TP2xPP2": (4, {TENSOR: 2, PIPELINE: 2}),
     "TP2xDP2": (4, {TENSOR: 2}),
