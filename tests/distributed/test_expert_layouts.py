@@ -86,6 +86,7 @@ CASES = [
         row("student-PP2-teacher-EP2xPP2", 4, parallel(1, 2), parallel(1, 2, expert=2)),
         ("tied", "experts"),
     ),
+    (row("disjoint-EP2", 4, parallel(expert=2), teacher_ranks=2), BOTH),
 ]
 
 

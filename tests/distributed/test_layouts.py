@@ -168,6 +168,15 @@ ROWS_UNTIED_ONLY = [
     row("disjoint-student-DP2-teacher-TP2", 4, parallel(), parallel(2), teacher_ranks=2),
     row("disjoint-CP2", 4, parallel(context=2), teacher_ranks=2),
     row("disjoint-student-PP2-teacher-DP2", 4, parallel(1, 2), parallel(), teacher_ranks=2),
+    row(
+        "disjoint-student-PP2xVPP2-teacher-CP2-packed",
+        4,
+        parallel(1, 2, virtual=2),
+        parallel(context=2),
+        max_tokens_per_microbatch=20,
+        teacher_ranks=2,
+    ),
+    row("disjoint-student-CP2", 3, parallel(context=2), parallel(), teacher_ranks=1),
     row("TP2-teacher-offloaded", 2, parallel(2), offload=True),
 ]
 CASES = [(row, "tied") for row in ROWS] + [(row, "untied") for row in ROWS + ROWS_UNTIED_ONLY]
