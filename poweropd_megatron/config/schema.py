@@ -100,7 +100,8 @@ class RolloutConfig:
     take the places of those that end. With pipeline stages, in as many groups: at least as many."""
     num_parts: int = 1
     """Parts that the responses of a step are generated in, one after the other: a teacher on ranks
-    of its own (teacher.num_ranks) scores each while the student generates the next."""
+    of its own (teacher.num_ranks) scores each while the student generates the next. A part should
+    still fill micro_batch_size rows on each rank."""
     cuda_graph: bool = True
     """On GPUs, for dense models without pipeline parallelism: record each decoding step and replay
     it; several times faster, for some memory."""
