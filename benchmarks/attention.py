@@ -7,13 +7,10 @@ counts, so that what disturbs the machine for a while disturbs all of them. Read
 milliseconds are this machine's. Below 1 is less than Megatron's, or than right-padding.
 """
 
-import argparse
-import json
 from functools import partial
-from pathlib import Path
 
-import torch
 from attention_cases import HEADS, Attention, megatron, ours, ours_packed, rollout_lengths
+from command_line import parse, write
 from workers import Measured, measure
 
 from poweropd_megatron.train.batching import Batching
@@ -26,21 +23,9 @@ PLANNED_SEQUENCES = 512
 
 def main() -> None:
     """Measure, print tables, and write the figures where they are asked for."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    arguments = parse(
+        __doc__, quick="short sequences and few rounds: half a minute", devices=("cpu", "cuda")
     )
-    parser.add_argument(
-        "--quick", action="store_true", help="short sequences and few rounds: half a minute"
-    )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to this file")
-    parser.add_argument(
-        "--device", choices=("cpu", "cuda"), default="cpu", help="where to measure (default: cpu)"
-    )
-    arguments = parser.parse_args()
-    if arguments.json and not arguments.json.absolute().parent.is_dir():
-        parser.error(f"--json {arguments.json}: {arguments.json.absolute().parent} is no folder")
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch finds no GPU")
     lengths, rounds = (QUICK_LENGTHS, 2) if arguments.quick else (LENGTHS, 3)
     print(f"{', '.join(f'{name} {value}' for name, value in HEADS.items())}, one sequence")
     figures: dict[str, float] = {}
@@ -51,8 +36,7 @@ def main() -> None:
         figures[figure] = max(value for name, value in figures.items() if name.startswith(figure))
     figures |= measure_packed(lengths[-1], arguments.device, rounds)
     figures |= count_padding(lengths[-1])
-    if arguments.json:
-        arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
+    write(figures, arguments.json)
 
 
 def measure_dense(length: int, dtype: str, device: str, rounds: int) -> dict[str, float]:

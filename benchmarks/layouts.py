@@ -9,11 +9,9 @@ each other too (a pipeline's bubbles and uneven shares), on average. Read the ra
 are this machine's, and such a small model pays more for communication than it gains.
 """
 
-import argparse
-import json
 import os
-from pathlib import Path
 
+from command_line import parse, write
 from layout_cases import PHASES, Rolled, Steps, time_rollouts, time_steps
 from layout_ranks import on_ranks
 
@@ -49,20 +47,12 @@ ROLLOUTS = {
 
 def main() -> None:
     """Measure, print tables, and write the figures where they are asked for."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--quick", action="store_true", help="few steps and prompts: a minute")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to this file")
-    arguments = parser.parse_args()
-    if arguments.json and not arguments.json.absolute().parent.is_dir():
-        parser.error(f"--json {arguments.json}: {arguments.json.absolute().parent} is no folder")
+    arguments = parse(__doc__, quick="few steps and prompts: a minute")
     figures = measure_steps(num_steps=1 if arguments.quick else 7)
     figures |= (
         measure_rollouts(96, rounds=1) if arguments.quick else measure_rollouts(512, rounds=4)
     )
-    if arguments.json:
-        arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
+    write(figures, arguments.json)
 
 
 def measure_steps(num_steps: int) -> dict[str, float]:

@@ -7,16 +7,16 @@ counts, so that what disturbs the machine for a while disturbs all of them. Read
 milliseconds are this machine's.
 """
 
-import argparse
-import json
 import os
 import platform
+import sys
 from functools import partial
 from pathlib import Path
 
 import head_cases
 import logprob_cases
 import torch
+from command_line import parse, write
 from workers import Measured, measure
 
 from poweropd_megatron.ops.backends import compiled
@@ -59,31 +59,18 @@ TARGETS = {
 
 def main() -> None:
     """Measure, print tables, and write the figures where they are asked for."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    arguments = parse(
+        __doc__, quick="small shapes and few rounds: half a minute", devices=("cpu", "cuda")
     )
-    parser.add_argument(
-        "--quick", action="store_true", help="small shapes and few rounds: half a minute"
-    )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to this file")
-    parser.add_argument(
-        "--device", choices=("cpu", "cuda"), default="cpu", help="where to measure (default: cpu)"
-    )
-    arguments = parser.parse_args()
-    if arguments.json and not arguments.json.absolute().parent.is_dir():
-        parser.error(f"--json {arguments.json}: {arguments.json.absolute().parent} is no folder")
     device = arguments.device
-    if device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch finds no GPU")
     kernels = compiled(device)
     if isinstance(kernels, str):
-        parser.error(f"the compiled kernels can't be loaded: {kernels}")
+        sys.exit(f"the compiled kernels can't be loaded: {kernels}")
     print(f"{_describe(device, kernels)}, torch {torch.__version__}")
     figures = measure_logprobs(device, arguments.quick) | measure_heads(device, arguments.quick)
     if device == "cpu" and not arguments.quick:
         _print_targets(figures)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
+    write(figures, arguments.json)
 
 
 def measure_logprobs(device: str, quick: bool) -> dict[str, float]:

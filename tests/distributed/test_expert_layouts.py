@@ -1,14 +1,11 @@
 """A Qwen3-MoE in every layout trains like plain fp64 torch, and like one process."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
-from comparison import error, largest_error
+from comparison import copies, error, largest_error
 from layout_rows import ONE_PROCESS, parallel, row
 from plain_training import update_in_plain_torch
 from support.rank_pool import RankPool
-from torch import Tensor
 from training import OPTIMIZER, Measured, Row, update_on_ranks
 
 TOLERANCE = 1e-5
@@ -135,13 +132,6 @@ def expected(
     case: tuple[Row, tuple[str, str]], references: dict[tuple[str, str], list[Measured]]
 ) -> list[Measured]:
     return references[case[1]]
-
-
-def copies(measured: Measured) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Yield every copy of every gradient and weight, with the first copy of it."""
-    for what in (measured.gradients, measured.weights):
-        for name, tensors in what.items():
-            yield from ((name, tensor, tensors[0]) for tensor in tensors)
 
 
 @pytest.mark.parametrize(

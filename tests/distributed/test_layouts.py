@@ -1,15 +1,13 @@
 """Every parallel layout trains like plain fp64 torch: log-probs, loss, gradients, weights."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from comparison import error, largest_error
+from comparison import copies, error, largest_error
 from layout_rows import ONE_PROCESS, parallel, row
 from plain_training import update_in_plain_torch
 from support.rank_pool import RankPool
-from torch import Tensor
 from training import (
     OPTIMIZER,
     TEACHER_EOS,
@@ -225,13 +223,6 @@ def run(layout: Row, embeddings: str, folders: dict[str, str], ranks: RankPool) 
         folders[f"teacher-{embeddings}"],
         world_size=layout.world_size,
     )
-
-
-def copies(measured: Measured) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Yield every copy of every gradient and weight, with the first copy of it."""
-    for what in (measured.gradients, measured.weights):
-        for name, tensors in what.items():
-            yield from ((name, tensor, tensors[0]) for tensor in tensors)
 
 
 @pytest.mark.parametrize(
