@@ -86,10 +86,8 @@ def _check_main_grad(weight_VpH: Tensor) -> None:
     check_dense(name, main_grad)
     if main_grad.shape != weight_VpH.shape:
         raise ValueError(f"{name} must be {list(weight_VpH.shape)}, got {tuple(main_grad.shape)}")
-    if main_grad.dtype not in (torch.float32, weight_VpH.dtype):
-        raise ValueError(
-            f"{name} must be fp32 or the weight's {weight_VpH.dtype}, got {main_grad.dtype}"
-        )
+    if main_grad.dtype not in LOGIT_DTYPES:
+        raise ValueError(f"{name} must be fp32 or bf16, got {main_grad.dtype}")
     if main_grad.device != weight_VpH.device:
         raise ValueError(f"{name} is on {main_grad.device}, expected {weight_VpH.device}")
 

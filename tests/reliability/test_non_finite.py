@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor
 from poweropd_megatron.errors import NonFiniteError
 from poweropd_megatron.objectives.labels import Labels
 from poweropd_megatron.rollout.trajectories import Trajectories
+from poweropd_megatron.train.teacher import OwnScores
 
 
 def train_with_a_bad_teacher(folder: str, kind: str, value: float, tp: int) -> None:
@@ -21,16 +23,21 @@ def train_with_a_bad_teacher(folder: str, kind: str, value: float, tp: int) -> N
     run = build(Path(folder), f"--objective.kind={kind}", steps=1, tp=tp)
     train_and_save(run, first_step=1)
     before = state_of(run)
-    score = run.teacher.score
+    score_own, shared = run.teacher.score_own, run.teacher.shared
+    scored: list[Labels] = []
 
-    def score_badly(trajectories: Trajectories, labels: Labels) -> Tensor:
-        logp_BT = score(trajectories, labels)
+    def score_and_remember(trajectories: Trajectories, labels: Labels) -> OwnScores:
+        scored.append(labels)
+        return score_own(trajectories, labels)
+
+    def share_badly(parts: Sequence[OwnScores]) -> Tensor:
+        logp_BT = shared(parts)
         if dist.get_rank() == dist.get_world_size() - 1:
-            first_B = labels.mask_BT.int().argmax(dim=1)
+            first_B = scored[-1].mask_BT.int().argmax(dim=1)
             logp_BT[range(len(first_B)), first_B] = value
         return logp_BT
 
-    run.teacher.score = score_badly
+    run.teacher.score_own, run.teacher.shared = score_and_remember, share_badly
     longer = dataclasses.replace(run, config=dataclasses.replace(run.config, train_steps=2))
     with pytest.raises(NonFiniteError, match="the weights were not changed"):
         train_and_save(longer, first_step=2)

@@ -135,7 +135,7 @@ def test_tensors_without_memory_are_refused(call: str, head: LMHead) -> None:
     [
         (torch.zeros(1, 4), "must be [12, 4], got (1, 4)"),
         (torch.zeros(48), "must be [12, 4], got (48,)"),
-        (torch.zeros(12, 4).double(), "must be fp32 or the weight's torch.float32, got torch.floa"),
+        (torch.zeros(12, 4).double(), "must be fp32 or bf16, got torch.float64"),
         (torch.zeros(12, 4, device="meta"), "is on meta, expected cpu"),
         (torch.zeros(12, 4).to_sparse(), "must be a dense strided tensor, got torch.sparse_coo"),
     ],
