@@ -1,6 +1,7 @@
 """The `poweropd` command: train, report.
 
-Nothing heavy is imported before it is needed, so that --help and a wrong setting answer at once.
+A command other than train adds its parser to _parser, with the function that runs it as `run`; that
+returns the exit code. Nothing heavy is imported before it is needed, so that --help and a wrong setting answer at once.
 """
 
 import argparse
@@ -24,7 +25,7 @@ On-policy distillation with the bounded power reward, on Megatron-Core.
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Return the exit code of a command: 0, or 2 after an error that the user can mend.
+    """Return the exit code of a command: 0, its own, or 2 after an error that the user can mend.
 
     Such an error is one message on stderr, from rank 0 alone in a job of many ranks; any other
     exception passes through. train.run.run_training therefore raises a UserError on every rank.
@@ -36,9 +37,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with interruption.raising():
             if arguments[:1] == ["train"]:
-                _train(arguments[1:])
-            else:
-                _report(Path(_parser().parse_args(arguments).run_dir))
+                return _train(arguments[1:])
+            parsed = _parser().parse_args(arguments)
+            code: int = parsed.run(parsed)
+            return code
     except UserError as error:
         if speaks_for_node():
             print(f"poweropd: error: {error}", file=sys.stderr)
@@ -47,7 +49,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         if speaks_for_node() and not signal.is_told:
             print(f"poweropd: interrupted by {signal}; run the same command again", file=sys.stderr)
         return signal.exit_code
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -66,11 +67,12 @@ def _parser() -> argparse.ArgumentParser:
         description="Write the report of a finished or running run as one HTML file, and print "
         "its path. Example: poweropd report runs/chain_sum",
     )
-    report.add_argument("run_dir", metavar="RUN_DIR", help="the run's output_dir")
+    report.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="the run's output_dir")
+    report.set_defaults(run=_report)
     return parser
 
 
-def _train(argv: Sequence[str]) -> None:
+def _train(argv: Sequence[str]) -> int:
     from poweropd_megatron.config.load import parse_train_config
     from poweropd_megatron.config.rules import check
 
@@ -83,12 +85,14 @@ def _train(argv: Sequence[str]) -> None:
     from poweropd_megatron.train.run import run_training
 
     run_training(config)
+    return 0
 
 
-def _report(run_dir: Path) -> None:
+def _report(arguments: argparse.Namespace) -> int:
     from poweropd_megatron.telemetry.report import write_report
 
-    print(write_report(run_dir))
+    print(write_report(arguments.run_dir))
+    return 0
 
 
 if __name__ == "__main__":
