@@ -1,7 +1,8 @@
 """The `poweropd` command: train, report.
 
 A command other than train adds its parser to _parser, with the function that runs it as `run`; that
-returns the exit code. Nothing heavy is imported before it is needed, so that --help and a wrong setting answer at once.
+returns the exit code. Nothing heavy is imported before it is needed, so that --help and a wrong
+setting answer at once.
 """
 
 import argparse
