@@ -64,7 +64,7 @@ def parse_train_config(argv: Sequence[str]) -> TrainConfig:
     values: dict[str, Any] = {}
     for path in options.config:
         values |= read_toml(Path(path))
-    config: TrainConfig = _build(TrainConfig, _override(values, overrides))
+    config = train_config(override(values, overrides))
     check(config, world_size=world_size())
     if options.print_config:
         print(to_toml(config), end="")
@@ -83,21 +83,39 @@ def read_toml(path: Path) -> dict[str, Any]:
     Raises: ConfigError if the file can't be read, isn't TOML, or holds an unknown name or a value
     of another type (an int is taken for a float; nothing else is converted).
     """
+    return flat_settings(parse_toml(path), place=str(path))
+
+
+def parse_toml(path: Path) -> dict[str, Any]:
+    """Return a TOML file's tables. Raises: ConfigError if it can't be read, or isn't TOML."""
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ConfigError(f"--config {path}: no such file (seen from {Path.cwd()})") from error
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--config {path} can't be read: {error}") from error
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path} is not valid TOML: {error}") from error
+
+
+def flat_settings(table: Mapping[str, Any], *, place: str) -> dict[str, Any]:
+    """Return the settings of a table in the shape of the schema by dotted name, types checked.
+
+    Raises: ConfigError, after the place that the table is from, as read_toml does.
+    """
     values = dict(_flatten(table))
     for name, value in values.items():
         if name not in SETTINGS:
-            raise ConfigError(f"{path}: {not_a_setting(name)}")
+            raise ConfigError(f"{place}: {not_a_setting(name)}")
         if not conforms(value, SETTINGS[name].type):
-            raise ConfigError(f"{path}: {wrong_type(SETTINGS[name], repr(value))}")
+            raise ConfigError(f"{place}: {wrong_type(SETTINGS[name], repr(value))}")
     return values
+
+
+def train_config(values: Mapping[str, Any]) -> TrainConfig:
+    """Return the settings of a run from values of the right types by dotted name; unchecked."""
+    config: TrainConfig = _build(TrainConfig, values)
+    return config
 
 
 def _flatten(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -111,7 +129,11 @@ def _flatten(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield name, value
 
 
-def _override(values: Mapping[str, Any], argv: Sequence[str]) -> dict[str, Any]:
+def override(values: Mapping[str, Any], argv: Sequence[str]) -> dict[str, Any]:
+    """Return every setting by dotted name: a command line's, else that of values, else its default.
+
+    Raises: ConfigError for a malformed command line, and for a required setting that neither has.
+    """
     argv, entries = _without_entries(argv)
     for name, _ in _given(argv):
         if name not in SETTINGS:

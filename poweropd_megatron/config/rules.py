@@ -101,8 +101,14 @@ def check_model_layout(
     check_pipeline(name, parallel, megatron, num_layers)
 
 
-def frozen_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+def frozen_differences(
+    old: Mapping[str, Any],
+    new: Mapping[str, Any],
+    changeable: Sequence[str] = CHANGEABLE_ON_RESUME,
+) -> list[str]:
     """Return a line for each setting that differs and that a resumed run may not change.
+
+    changeable: patterns of the names that may differ.
 
     Both are dataclasses.asdict of a TrainConfig, or flat by dotted name; what `old` doesn't have,
     being of an older release, had its default. A line reads "objective.alpha: was 5.0, is 1.0".
@@ -114,7 +120,7 @@ def frozen_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[s
         f"{name}: was {_shown(before.get(name))}, is {_shown(after.get(name))}"
         for name in dict.fromkeys([*before, *after])
         if before.get(name) != after.get(name)
-        and not any(fnmatchcase(name, pattern) for pattern in CHANGEABLE_ON_RESUME)
+        and not any(fnmatchcase(name, pattern) for pattern in changeable)
     ]
 
 
