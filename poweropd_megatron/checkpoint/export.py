@@ -15,8 +15,9 @@ from torch import Tensor
 from poweropd_megatron.errors import InputError
 from poweropd_megatron.models import hf_weights
 from poweropd_megatron.models.build import layer_numbers
+from poweropd_megatron.models.families import weights_of
 from poweropd_megatron.models.hf_folder import INDEX_NAME, HFFolder, read_json
-from poweropd_megatron.models.qwen3 import Qwen3Config
+from poweropd_megatron.models.model_config import ModelConfig
 from poweropd_megatron.parallel.layout import Layout
 from poweropd_megatron.parallel.world import agreed
 from poweropd_megatron.train.student import Student
@@ -26,7 +27,7 @@ _WEIGHTS = ("*.safetensors", INDEX_NAME, "*.bin", "*.bin.index.json", "*.pt", "*
 """Files of the reference that hold other weights than the exported ones."""
 
 
-def export(student: Student, model: Qwen3Config, *, reference: str, target: Path) -> Path:
+def export(student: Student, model: ModelConfig, *, reference: str, target: Path) -> Path:
     """Return `target`, a folder that `transformers` loads. Called by all ranks.
 
     One rank of each pipeline stage writes its layers, in files of at most 5 GB; every other file
@@ -69,7 +70,7 @@ def _copy_other_files(student: Student, reference: Path, partial: Path) -> None:
 
 
 def _write_stage(
-    student: Student, model: Qwen3Config, layout: Layout, partial: Path
+    student: Student, model: ModelConfig, layout: Layout, partial: Path
 ) -> dict[str, dict[str, int]]:
     """Return file -> tensor -> bytes of what was written: empty but on a stage's one writer."""
     writes = layout.holds_model and layout.tp_rank == 0 and layout.copy_rank == 0
@@ -101,7 +102,7 @@ def _write_stage(
 
 
 def _stage_tensors(
-    student: Student, model: Qwen3Config, layout: Layout
+    student: Student, model: ModelConfig, layout: Layout
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield this stage's tensors under their Hugging Face names, on the CPU."""
     for chunk in student.chunks:
@@ -109,21 +110,19 @@ def _stage_tensors(
 
 
 def _chunk_tensors(
-    chunk: GPTModel, model: Qwen3Config, layout: Layout
+    chunk: GPTModel, model: ModelConfig, layout: Layout
 ) -> Iterator[tuple[str, Tensor]]:
     layers = layer_numbers(chunk)
     tables = [
         {
             weight.megatron: weight
-            for weight in hf_weights.weights_of(
-                model, layers, ep_rank=ep_rank, ep_size=layout.ep_size
-            )
+            for weight in weights_of(model, layers, ep_rank=ep_rank, ep_size=layout.ep_size)
         }
         for ep_rank in range(layout.ep_size)
     ]
     for name, parameter in chunk.named_parameters():
         weight = tables[layout.ep_rank][name]
-        if name == "output_layer.weight" and model.tie_word_embeddings:
+        if weight.is_copy:
             continue
         shard = parameter.detach()
         if weight.is_expert:
@@ -146,7 +145,7 @@ def _gather(shard: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
 
 def _finish(
     by_rank: list[dict[str, dict[str, int]]],
-    model: Qwen3Config,
+    model: ModelConfig,
     partial: Path,
     target: Path,
     reference: str,

@@ -13,7 +13,7 @@ from poweropd_megatron.checkpoint import sharded
 from poweropd_megatron.checkpoint.store import CheckpointStore
 from poweropd_megatron.data.prompts import PromptStream
 from poweropd_megatron.errors import CheckpointError
-from poweropd_megatron.models.qwen3 import Qwen3Config
+from poweropd_megatron.models.model_config import ModelConfig
 from poweropd_megatron.train.student import Student
 
 _RESHARDABLE = {
@@ -29,7 +29,7 @@ class RunState:
     """
 
     def __init__(
-        self, student: Student, model: Qwen3Config, prompts: PromptStream, store: CheckpointStore
+        self, student: Student, model: ModelConfig, prompts: PromptStream, store: CheckpointStore
     ) -> None:
         self._student = student
         self._model = asdict(model)

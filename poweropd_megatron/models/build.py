@@ -1,4 +1,4 @@
-"""A Qwen3 on Megatron-Core, its weights taken straight from a Hugging Face folder."""
+"""A model on Megatron-Core, its weights taken straight from a Hugging Face folder."""
 
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
@@ -15,11 +15,12 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from poweropd_megatron.config.schema import DType, ParallelConfig
 from poweropd_megatron.models import hf_weights
+from poweropd_megatron.models.families import weights_of
 from poweropd_megatron.models.hf_folder import HFFolder
 from poweropd_megatron.models.layers import RMSNorm, RowRotaryEmbedding, SDPACoreAttention
 from poweropd_megatron.models.megatron_settings import fields_of
+from poweropd_megatron.models.model_config import ModelConfig
 from poweropd_megatron.models.moe import moe_settings, use_shared_moe_layer
-from poweropd_megatron.models.qwen3 import Qwen3Config
 from poweropd_megatron.parallel.layout import Layout
 from poweropd_megatron.parallel.world import agreed
 
@@ -36,9 +37,9 @@ def padded_vocab_size(vocab_size: int, tp_size: int) -> int:
 
 
 def transformer_config(
-    model: Qwen3Config, parallel: ParallelConfig, dtype: DType, megatron: Mapping[str, Any]
+    model: ModelConfig, parallel: ParallelConfig, dtype: DType, megatron: Mapping[str, Any]
 ) -> TransformerConfig:
-    """Return Megatron's configuration of a Qwen3, with the fields that the user gave by name.
+    """Return Megatron's configuration of a model, with the fields that the user gave by name.
 
     Attention and MLP have no bias and no dropout; losses are summed over tokens, to be divided once
     by the global count; pipeline stages exchange the shape of each micro-batch, so that each has
@@ -61,7 +62,7 @@ def transformer_config(
         kv_channels=model.kv_channels,
         layernorm_epsilon=model.layernorm_epsilon,
         normalization="RMSNorm",
-        qk_layernorm=True,
+        qk_layernorm=model.qk_layernorm,
         gated_linear_unit=True,
         activation_func=torch.nn.functional.silu,
         add_bias_linear=False,
@@ -93,7 +94,7 @@ def transformer_config(
 
 
 def build_model(
-    model: Qwen3Config,
+    model: ModelConfig,
     layout: Layout,
     *,
     folder: str,
@@ -122,11 +123,10 @@ def build_model(
         for chunk in chunks:
             hf_weights.load(
                 chunk.named_parameters(),
-                hf_weights.weights_of(
+                weights_of(
                     model, layer_numbers(chunk), ep_rank=layout.ep_rank, ep_size=layout.ep_size
                 ),
                 HFFolder(folder, setting=setting),
-                vocab_size=model.vocab_size,
                 tp_rank=layout.tp_rank,
                 tp_size=layout.tp_size,
             )
@@ -136,7 +136,7 @@ def build_model(
 
 
 def _build_chunk(
-    model: Qwen3Config, config: TransformerConfig, layout: Layout, *, vp_stage: int | None
+    model: ModelConfig, config: TransformerConfig, layout: Layout, *, vp_stage: int | None
 ) -> GPTModel:
     is_first = vp_stage in (None, 0)
     is_last = vp_stage is None or vp_stage == config.virtual_pipeline_model_parallel_size - 1
@@ -173,13 +173,16 @@ def layer_numbers(chunk: GPTModel) -> list[int]:
 def _block_spec(config: TransformerConfig, num_layers: int) -> TransformerBlockSubmodules:
     """Return this many of Megatron's local layers, with our norm and attention."""
     layer = get_gpt_layer_local_spec(
-        num_experts=config.num_moe_experts, qk_layernorm=True, normalization="RMSNorm"
+        num_experts=config.num_moe_experts,
+        qk_layernorm=config.qk_layernorm,
+        normalization="RMSNorm",
     )
     if config.num_moe_experts is not None:
         use_shared_moe_layer(layer)
     layer.submodules.input_layernorm = RMSNorm
     layer.submodules.pre_mlp_layernorm = RMSNorm
     attention = layer.submodules.self_attention.submodules
-    attention.q_layernorm = attention.k_layernorm = RMSNorm
+    if config.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
     attention.core_attention = SDPACoreAttention
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)

@@ -27,7 +27,7 @@ from poweropd_megatron.models.packed import packed_lengths
 
 
 class RMSNorm(torch.nn.Module):
-    """RMSNorm as Qwen3 has it: normalise in fp32, round, then scale.
+    """RMSNorm as transformers computes it: normalise in fp32, round, then scale.
 
     Megatron's torch norm refuses sequence parallelism; this one marks its weight for the gradient
     reduction.

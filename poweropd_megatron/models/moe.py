@@ -1,4 +1,4 @@
-"""The mixture of experts of a Qwen3-MoE: Megatron's settings for it, and its layer.
+"""A mixture of experts: Megatron's settings for it, and its layer.
 
 Shapes: S positions, B sequences, N tokens, H hidden.
 """
@@ -12,11 +12,11 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from torch import Tensor
 from torch.nn import functional
 
-from poweropd_megatron.models.qwen3 import Qwen3Experts
+from poweropd_megatron.models.model_config import ExpertsConfig
 
 
-def moe_settings(experts: Qwen3Experts, *, expert_model_parallel_size: int) -> dict[str, Any]:
-    """Return the fields of Megatron's TransformerConfig that make a Qwen3-MoE.
+def moe_settings(experts: ExpertsConfig, *, expert_model_parallel_size: int) -> dict[str, Any]:
+    """Return the fields of Megatron's TransformerConfig that make it a Qwen3-MoE's.
 
     Every token reaches its experts (no capacity, no dropping), and no loss balances them: the
     gradient is the objective's alone. Logits and weights of the router are fp32.

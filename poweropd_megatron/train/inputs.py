@@ -9,9 +9,9 @@ from poweropd_megatron.data.answers import AnswerChecker, build_answer_checker
 from poweropd_megatron.data.prompts import Prompt, load_prompts
 from poweropd_megatron.data.tokenizer import Tokenizer, check_same_vocabulary
 from poweropd_megatron.errors import ConfigError, InputError
+from poweropd_megatron.models.families import hugging_face_shapes, read_model_config
 from poweropd_megatron.models.hf_folder import HFFolder
-from poweropd_megatron.models.hf_weights import weights_of
-from poweropd_megatron.models.qwen3 import Qwen3Config
+from poweropd_megatron.models.model_config import ModelConfig
 from poweropd_megatron.ops.backends import reference_is_asked_for
 from poweropd_megatron.train.output_folder import check_place
 
@@ -20,8 +20,8 @@ from poweropd_megatron.train.output_folder import check_place
 class RunInputs:
     """Model shapes, tokenizer, prompts and the answer checker of a run."""
 
-    student: Qwen3Config
-    teacher: Qwen3Config
+    student: ModelConfig
+    teacher: ModelConfig
     tokenizer: Tokenizer
     teacher_eos_id: int
     train_prompts: list[Prompt]
@@ -34,8 +34,8 @@ def read_inputs(config: TrainConfig, *, world_size: int) -> RunInputs:
     """Return the inputs of a run.
 
     Raises: ConfigError or InputError naming the setting: impossible layouts, kernels that don't
-    exist, folders that hold no Qwen3, tokenizers that differ, bad prompt files, prompts and
-    responses longer than a model's positions.
+    exist, folders that hold no known model, tokenizers that differ, bad prompt files, prompts
+    and responses longer than a model's positions.
     """
     rules.check(config, world_size)
     _check_kernels()
@@ -48,7 +48,7 @@ def read_inputs(config: TrainConfig, *, world_size: int) -> RunInputs:
     models = {}
     for name, part in (("student", config.student), ("teacher", config.teacher)):
         setting = f"{name}.path"
-        model = Qwen3Config.from_folder(part.path, setting=setting)
+        model = read_model_config(part.path, setting=setting)
         _check_tensors(model, HFFolder(part.path, setting=setting))
         rules.check_model_layout(
             "student" if name == "student" else "teacher",
@@ -104,13 +104,9 @@ def _check_kernels() -> None:
         raise ConfigError(str(error)) from None
 
 
-def _check_tensors(model: Qwen3Config, folder: HFFolder) -> None:
+def _check_tensors(model: ModelConfig, folder: HFFolder) -> None:
     """Refuse a folder whose tensors are not those of its config.json, such as other layers."""
-    expected = {
-        name
-        for weight in weights_of(model, range(model.num_layers))
-        for name in weight.hugging_face
-    }
+    expected = hugging_face_shapes(model).keys()
     experts = f" of {model.experts.num_moe_experts} experts" if model.experts else ""
     found = folder.names() - ({"lm_head.weight"} if model.tie_word_embeddings else set())
     for names, what in ((expected - found, "lacks"), (found - expected, "has, beyond that,")):
@@ -123,7 +119,7 @@ def _check_tensors(model: Qwen3Config, folder: HFFolder) -> None:
 
 
 def _check_vocabulary_sizes(
-    student: Qwen3Config, teacher: Qwen3Config, tokenizer: Tokenizer
+    student: ModelConfig, teacher: ModelConfig, tokenizer: Tokenizer
 ) -> None:
     if student.vocab_size > teacher.vocab_size:
         raise ConfigError(
@@ -137,7 +133,7 @@ def _check_vocabulary_sizes(
         )
 
 
-def _check_terminal(config: TrainConfig, student: Qwen3Config, teacher_eos_id: int) -> None:
+def _check_terminal(config: TrainConfig, student: ModelConfig, teacher_eos_id: int) -> None:
     if config.objective.terminal == "im_end" and teacher_eos_id >= student.vocab_size:
         raise ConfigError(
             "objective.terminal = 'im_end' trains the student on the teacher's EOS, "

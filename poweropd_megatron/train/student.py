@@ -20,7 +20,7 @@ from poweropd_megatron.config.schema import TrainConfig
 from poweropd_megatron.models.build import TORCH_DTYPES, build_model
 from poweropd_megatron.models.finite import check_finite
 from poweropd_megatron.models.megatron_settings import fields_of
-from poweropd_megatron.models.qwen3 import Qwen3Config
+from poweropd_megatron.models.model_config import ModelConfig
 from poweropd_megatron.models.scoring import RewardedTokens, policy_gradient_of_chosen
 from poweropd_megatron.objectives.labels import Labels
 from poweropd_megatron.objectives.rewards import Reward
@@ -52,12 +52,12 @@ class StudentOutcome:
 
 
 class Student:
-    """A Qwen3 that learns: DistributedDataParallel, Megatron's Adam and learning-rate schedule.
+    """A model that learns: DistributedDataParallel, Megatron's Adam and learning-rate schedule.
 
     On ranks without the student it has no chunks, no optimizer and no schedule.
     """
 
-    def __init__(self, config: TrainConfig, model: Qwen3Config, layout: Layout) -> None:
+    def __init__(self, config: TrainConfig, model: ModelConfig, layout: Layout) -> None:
         """Load the student's shards and build the optimizer over them.
 
         Raises: InputError if the folder's tensors don't fit.

@@ -13,8 +13,8 @@ from torch import Tensor
 from poweropd_megatron.config.schema import DType, TeacherConfig
 from poweropd_megatron.models.build import TORCH_DTYPES, build_model
 from poweropd_megatron.models.finite import check_finite
+from poweropd_megatron.models.model_config import ModelConfig
 from poweropd_megatron.models.offload import OffloadedParameters
-from poweropd_megatron.models.qwen3 import Qwen3Config
 from poweropd_megatron.models.scoring import score_chosen
 from poweropd_megatron.objectives.labels import Labels
 from poweropd_megatron.parallel.layout import Layout
@@ -37,10 +37,10 @@ class OwnScores:
 
 
 class Teacher:
-    """A Qwen3 in its own layout that only scores: no gradients, no optimizer."""
+    """A model in its own layout that only scores: no gradients, no optimizer."""
 
     def __init__(
-        self, config: TeacherConfig, model: Qwen3Config, layout: Layout, *, logits_dtype: DType
+        self, config: TeacherConfig, model: ModelConfig, layout: Layout, *, logits_dtype: DType
     ) -> None:
         """Load the teacher's shards. Raises: InputError if the folder's tensors don't fit."""
         self._config = config

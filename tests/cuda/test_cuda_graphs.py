@@ -13,7 +13,7 @@ from poweropd_megatron.config.schema import ParallelConfig
 from poweropd_megatron.data.tokenizer import Tokenizer
 from poweropd_megatron.models import kv_cache
 from poweropd_megatron.models.build import build_model
-from poweropd_megatron.models.qwen3 import Qwen3Config
+from poweropd_megatron.models.families import read_model_config
 from poweropd_megatron.parallel import world
 from poweropd_megatron.parallel.layout import Layout, student_layout
 from poweropd_megatron.rollout.megatron_engine import MegatronRolloutEngine
@@ -51,7 +51,7 @@ def test_a_graph_draws_the_same_tokens_while_rows_end_and_the_cache_grows(
     sampling: Sampling, layout: Layout, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(kv_cache, "VISIBLE_MULTIPLE", 8)
-    model = Qwen3Config.from_folder(STUDENT, setting="student.path")
+    model = read_model_config(STUDENT, setting="student.path")
     [chunk] = build_model(model, layout, folder=str(STUDENT), dtype="fp32", setting="student.path")
     tokenizer = Tokenizer.from_folder(STUDENT)
     prompts = [tokenizer.encode(text) for text in TEXTS * 3]

@@ -15,7 +15,7 @@ from poweropd_megatron.config.schema import (
     TeacherConfig,
     TrainConfig,
 )
-from poweropd_megatron.models.qwen3 import Qwen3Config
+from poweropd_megatron.models.families import read_model_config
 from poweropd_megatron.parallel import cpu_device
 from poweropd_megatron.parallel.layout import student_layout
 from poweropd_megatron.rollout.megatron_engine import MegatronRolloutEngine
@@ -79,7 +79,7 @@ def build_engine(
     """Return this rank's engine."""
     cpu_device.install()
     layout = student_layout(parallel, torch.device("cpu"), seed=1, ranks=student_ranks)
-    model = Qwen3Config.from_folder(folder, setting="student.path")
+    model = read_model_config(folder, setting="student.path")
     config = TrainConfig(
         output_dir="unused",
         train_steps=1,

@@ -10,15 +10,16 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from poweropd_megatron.models.build import layer_numbers
-from poweropd_megatron.models.hf_weights import to_hugging_face, weights_of
-from poweropd_megatron.models.qwen3 import Qwen3Config
+from poweropd_megatron.models.families import weights_of
+from poweropd_megatron.models.hf_weights import to_hugging_face
+from poweropd_megatron.models.model_config import ModelConfig
 from poweropd_megatron.parallel.layout import Layout
 
 
 def whole_tensors(
     chunks: Sequence[GPTModel],
     layout: Layout,
-    model: Qwen3Config,
+    model: ModelConfig,
     value_of: Callable[[Any], Tensor],
 ) -> dict[str, list[Tensor]]:
     """Return every copy of each tensor under its Hugging Face name, put together from all ranks.

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from poweropd_megatron.config.schema import ParallelConfig
 from poweropd_megatron.models.build import build_model
-from poweropd_megatron.models.qwen3 import Qwen3Config
+from poweropd_megatron.models.families import read_model_config
 from poweropd_megatron.parallel import cpu_device
 from poweropd_megatron.parallel.layout import student_layout
 
@@ -21,7 +21,7 @@ def route_as_in_decoding(layout: ParallelConfig, folder: str, ids_BS: Tensor) ->
     """Return how many tokens this rank's first router saw, and its MoE layer's output."""
     cpu_device.install()
     place = student_layout(layout, torch.device("cpu"), seed=1)
-    model = Qwen3Config.from_folder(folder, setting="student.path")
+    model = read_model_config(folder, setting="student.path")
     [chunk] = build_model(model, place, folder=folder, dtype="fp32", setting="student.path")
     chunk.eval()
     set_model_to_sequence_parallel(chunk, False)

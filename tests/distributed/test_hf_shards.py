@@ -14,7 +14,7 @@ from torch import Tensor
 from poweropd_megatron.config.pipeline import EMBEDDING, FIRST, LAST, LOSS, check_pipeline
 from poweropd_megatron.config.schema import DType, ParallelConfig
 from poweropd_megatron.models.build import build_model, layer_numbers
-from poweropd_megatron.models.qwen3 import Qwen3Config
+from poweropd_megatron.models.families import read_model_config
 from poweropd_megatron.parallel import cpu_device
 from poweropd_megatron.parallel.layout import student_layout
 
@@ -46,7 +46,7 @@ def load_and_gather(
     """Return every copy of each tensor, and the layers of this rank's chunks."""
     cpu_device.install()
     layout = student_layout(parallel, torch.device("cpu"), seed=1)
-    model = Qwen3Config.from_folder(folder, setting="student.path")
+    model = read_model_config(folder, setting="student.path")
     chunks = build_model(
         model, layout, folder=folder, dtype=dtype, setting="student.path", megatron=megatron
     )

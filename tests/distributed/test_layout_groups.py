@@ -12,7 +12,7 @@ from torch import Tensor
 
 from poweropd_megatron.config.schema import ParallelConfig
 from poweropd_megatron.models.build import build_model
-from poweropd_megatron.models.qwen3 import Qwen3Config
+from poweropd_megatron.models.families import read_model_config
 from poweropd_megatron.parallel import cpu_device
 from poweropd_megatron.parallel.layout import Layout, student_layout, teacher_layout
 from poweropd_megatron.parallel.pipeline import forward_stage
@@ -226,7 +226,7 @@ def run_stages(
     """Return this rank's outcome of forwards that follow each other without waiting."""
     cpu_device.install()
     layout = student_layout(layout_config, CPU, seed=1)
-    model = Qwen3Config.from_folder(folder, setting="student.path")
+    model = read_model_config(folder, setting="student.path")
     chunks = build_model(model, layout, folder=folder, dtype="fp32", setting="student.path")
     for chunk in chunks:
         chunk.eval()

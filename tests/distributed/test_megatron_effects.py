@@ -13,8 +13,8 @@ from training import OPTIMIZER, Row, build_models, fixed_trajectories
 
 from poweropd_megatron.config.pipeline import FIRST
 from poweropd_megatron.config.schema import ParallelConfig, TeacherConfig
+from poweropd_megatron.models.families import read_model_config
 from poweropd_megatron.models.layers import SDPACoreAttention
-from poweropd_megatron.models.qwen3 import Qwen3Config
 from poweropd_megatron.objectives.labels import label
 from poweropd_megatron.parallel import cpu_device
 from poweropd_megatron.parallel.layout import student_layout
@@ -116,7 +116,7 @@ def score(
             megatron=megatron,
             micro_batch_size=2,
         ),
-        Qwen3Config.from_folder(folder, setting="teacher.path"),
+        read_model_config(folder, setting="teacher.path"),
         student_layout(parallel_config, torch.device("cpu"), seed=1),
         logits_dtype="fp32",
     )

@@ -25,7 +25,8 @@ from poweropd_megatron.config.schema import (
     TeacherConfig,
     TrainConfig,
 )
-from poweropd_megatron.models.qwen3 import Qwen3Config
+from poweropd_megatron.models.families import read_model_config
+from poweropd_megatron.models.model_config import ModelConfig
 from poweropd_megatron.objectives.labels import Labels, label
 from poweropd_megatron.objectives.rewards import power_reward
 from poweropd_megatron.parallel import cpu_device
@@ -115,7 +116,7 @@ class Models:
     """A student and a teacher in their layouts, and the batch of the updates."""
 
     student: Student
-    student_model: Qwen3Config
+    student_model: ModelConfig
     teacher: Teacher
     trajectories: Trajectories
     labels: Labels
@@ -172,8 +173,8 @@ def build_models(
     of_teacher = teacher_layout(
         row.teacher, layout, ranks=teacher_ranks(config, dist.get_world_size())
     )
-    student_model = Qwen3Config.from_folder(student_folder, setting="student.path")
-    teacher_model = Qwen3Config.from_folder(teacher_folder, setting="teacher.path")
+    student_model = read_model_config(student_folder, setting="student.path")
+    teacher_model = read_model_config(teacher_folder, setting="teacher.path")
     trajectories = trajectories or fixed_trajectories()
     return Models(
         student=Student(config, student_model, layout),

@@ -11,7 +11,7 @@ from small_run import build, train_and_save
 from poweropd_megatron.checkpoint.export import export
 from poweropd_megatron.checkpoint.store import CheckpointStore, verify
 from poweropd_megatron.errors import CheckpointError, InputError
-from poweropd_megatron.models.qwen3 import Qwen3Config
+from poweropd_megatron.models.families import read_model_config
 
 MAX_FILE_BYTES = 100_000
 """Less than a rank's shards, more than anything else that is written."""
@@ -55,7 +55,7 @@ def export_on_a_full_disk(folder: str, tp: int) -> None:
     """Fail in the first of several files, when other ranks still have tensors to gather."""
     run = build(Path(folder), steps=1, tp=tp)
     student = run.config.student.path
-    shape = Qwen3Config.from_folder(student, setting="student.path")
+    shape = read_model_config(student, setting="student.path")
     target = Path(folder) / "export"
 
     def write() -> dict[str, bytes]:

@@ -1,6 +1,6 @@
-"""Qwen3 in fp64 on Hugging Face tensors: the truth about logits, rollouts and gradients.
+"""Qwen3 and Llama in fp64 on Hugging Face tensors: the truth about logits, rollouts and gradients.
 
-Uses nothing of the package or of Megatron; test_layers.py compares it with transformers' Qwen3.
+Uses nothing of the package or of Megatron; test_layers.py compares it with transformers.
 Shapes: B sequences, T tokens, Hq query heads, Hk key heads, D channels a head, V vocabulary.
 """
 
@@ -71,13 +71,16 @@ class PlainQwen3:
         return (torch.stack(outputs, dim=-1) * weights.unsqueeze(-2)).sum(dim=-1)
 
     def _attention(self, x: Tensor, prefix: str) -> Tensor:
-        width = self.config["head_dim"]
+        heads_in_all = self.config["num_attention_heads"]
+        width = self.config.get("head_dim") or self.config["hidden_size"] // heads_in_all
 
         def heads(name: str) -> Tensor:
             return (x @ self.weights[f"{prefix}{name}_proj.weight"].T).unflatten(-1, (-1, width))
 
-        query = self._rotate(self._norm(heads("q"), prefix + "q_norm"))
-        key = self._rotate(self._norm(heads("k"), prefix + "k_norm"))
+        query, key = heads("q"), heads("k")
+        if prefix + "q_norm.weight" in self.weights:
+            query, key = self._norm(query, prefix + "q_norm"), self._norm(key, prefix + "k_norm")
+        query, key = self._rotate(query), self._rotate(key)
         shared_by = query.shape[2] // key.shape[2]
         key = key.repeat_interleave(shared_by, dim=2)
         value = heads("v").repeat_interleave(shared_by, dim=2)

@@ -1,4 +1,4 @@
-"""Writes Hugging Face folders of random Qwen3 models, with plain safetensors."""
+"""Writes Hugging Face folders of random Qwen3 and Llama models, with plain safetensors."""
 
 import json
 from pathlib import Path
@@ -41,11 +41,15 @@ MOE: dict[str, Any] = {
 }
 """The changes that make it a Qwen3-MoE."""
 
+LLAMA: dict[str, Any] = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+"""The changes that make it a Llama."""
+
 
 def random_tensors(config: dict[str, Any], *, seed: int) -> dict[str, Tensor]:
-    """Return the tensors of a Qwen3 by name: logits of std near 2, norms far from 1."""
+    """Return the tensors of a model by name: logits of std near 2, norms far from 1."""
     generator = torch.Generator().manual_seed(seed)
-    hidden, width = config["hidden_size"], config["head_dim"]
+    hidden = config["hidden_size"]
+    width = config["head_dim"] or hidden // config["num_attention_heads"]
     queries, keys = config["num_attention_heads"] * width, config["num_key_value_heads"] * width
 
     def matrix(rows: int, columns: int, gain: float = 1.5) -> Tensor:
@@ -63,11 +67,11 @@ def random_tensors(config: dict[str, Any], *, seed: int) -> dict[str, Tensor]:
             prefix + "self_attn.q_proj.weight": matrix(queries, hidden),
             prefix + "self_attn.k_proj.weight": matrix(keys, hidden),
             prefix + "self_attn.v_proj.weight": matrix(keys, hidden),
-            prefix + "self_attn.q_norm.weight": norm(width),
-            prefix + "self_attn.k_norm.weight": norm(width),
             prefix + "self_attn.o_proj.weight": matrix(hidden, queries),
             prefix + "post_attention_layernorm.weight": norm(hidden),
         }
+        if config["model_type"] != "llama":
+            tensors |= {f"{prefix}self_attn.{name}_norm.weight": norm(width) for name in "qk"}
         mlps = {prefix + "mlp.": config["intermediate_size"]}
         if config["model_type"] == "qwen3_moe":
             tensors[prefix + "mlp.gate.weight"] = matrix(config["num_experts"], hidden)
@@ -95,10 +99,10 @@ def write(
     num_files: int = 1,
     **changes: Any,
 ) -> dict[str, Tensor]:
-    """Write a random SMALL Qwen3 with changes to its config.json; return its tensors."""
+    """Write a random SMALL model with changes to its config.json; return its tensors."""
     config = SMALL | changes
     tensors = random_tensors(config, seed=seed)
-    written = dict(config)
+    written = {name: value for name, value in config.items() if value is not None}
     if spelling == "transformers-5":
         written["rope_parameters"] = {
             "rope_type": "default",

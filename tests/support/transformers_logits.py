@@ -18,7 +18,7 @@ def main(folders: list[str]) -> None:
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, attn_implementation="eager"
         )
-        assert type(model).__name__ in ("Qwen3ForCausalLM", "Qwen3MoeForCausalLM")
+        assert model.config.architectures == [type(model).__name__]
         with torch.no_grad():
             logits = model(load_file(folder / "ids.safetensors")["ids"]).logits
         save_file({"logits": logits.contiguous()}, folder / "logits.safetensors")

@@ -14,8 +14,9 @@ from torch.nn import Parameter
 from poweropd_megatron.errors import InputError
 from poweropd_megatron.models import hf_weights
 from poweropd_megatron.models.build import build_model, padded_vocab_size
+from poweropd_megatron.models.families import read_model_config, weights_of
 from poweropd_megatron.models.hf_folder import HFFolder
-from poweropd_megatron.models.qwen3 import Qwen3Config
+from poweropd_megatron.models.model_config import ModelConfig
 from poweropd_megatron.parallel.layout import Layout
 
 SETTING = "student.path"
@@ -30,11 +31,11 @@ CUT_ALONG = {
 """Megatron's column-parallel layers are cut along their rows, row-parallel ones along columns."""
 
 
-def read_config(folder: Path) -> Qwen3Config:
-    return Qwen3Config.from_folder(folder, setting=SETTING)
+def read_config(folder: Path) -> ModelConfig:
+    return read_model_config(folder, setting=SETTING)
 
 
-def shard_shape(name: str, whole: Parameter, config: Qwen3Config, tp_size: int) -> list[int]:
+def shard_shape(name: str, whole: Parameter, config: ModelConfig, tp_size: int) -> list[int]:
     """Return the shape of a rank's shard of a parameter that has the shape of `whole` at TP 1."""
     shape = list(whole.shape)
     if shape[0] == config.vocab_size:
@@ -61,9 +62,8 @@ def load_shards(
         }
         hf_weights.load(
             shards.items(),
-            hf_weights.weights_of(config, range(config.num_layers)),
+            weights_of(config, range(config.num_layers)),
             HFFolder(folder, setting=SETTING),
-            vocab_size=config.vocab_size,
             tp_rank=tp_rank,
             tp_size=tp_size,
         )
@@ -71,8 +71,8 @@ def load_shards(
     return whole, ranks
 
 
-def back(config: Qwen3Config, ranks: list[dict[str, Parameter]]) -> Iterator[tuple[str, Tensor]]:
-    for weight in hf_weights.weights_of(config, range(config.num_layers)):
+def back(config: ModelConfig, ranks: list[dict[str, Parameter]]) -> Iterator[tuple[str, Tensor]]:
+    for weight in weights_of(config, range(config.num_layers)):
         if weight.megatron in ranks[0]:
             shards = [rank[weight.megatron].data for rank in ranks]
             yield from hf_weights.to_hugging_face(weight, shards, vocab_size=config.vocab_size)
@@ -195,9 +195,8 @@ def test_a_tensor_of_another_shape_is_refused_by_name(
     with pytest.raises(InputError, match=rf"^{SETTING}: .*{name}.* config\.json"):
         hf_weights.load(
             parameters.items(),
-            hf_weights.weights_of(config, range(config.num_layers)),
+            weights_of(config, range(config.num_layers)),
             HFFolder(tmp_path, setting=SETTING),
-            vocab_size=config.vocab_size,
             tp_rank=0,
             tp_size=tp_size,
         )
@@ -224,9 +223,8 @@ def test_a_parameter_without_a_row_in_the_table_is_refused(tmp_path: Path) -> No
     with pytest.raises(InputError, match=r"no Hugging Face tensor is known for decoder\.bias"):
         hf_weights.load(
             [("decoder.bias", Parameter(torch.zeros(3)))],
-            hf_weights.weights_of(config, [0, 1]),
+            weights_of(config, [0, 1]),
             HFFolder(tmp_path, setting=SETTING),
-            vocab_size=config.vocab_size,
             tp_rank=0,
             tp_size=1,
         )
@@ -240,7 +238,7 @@ def test_a_rank_reads_its_own_experts_whole_and_gives_them_back(
     config, folder = read_config(tmp_path), HFFolder(tmp_path, setting=SETTING)
     returned: dict[str, Tensor] = {}
     for ep_rank in range(ep_size):
-        weights = list(hf_weights.weights_of(config, [0, 1], ep_rank=ep_rank, ep_size=ep_size))
+        weights = list(weights_of(config, [0, 1], ep_rank=ep_rank, ep_size=ep_size))
         experts = [weight for weight in weights if weight.is_expert]
         assert len(experts) == 2 * 2 * 4 // ep_size
         shards = {
@@ -249,9 +247,7 @@ def test_a_rank_reads_its_own_experts_whole_and_gives_them_back(
             )
             for weight in experts
         }
-        hf_weights.load(
-            shards.items(), weights, folder, vocab_size=config.vocab_size, tp_rank=1, tp_size=2
-        )
+        hf_weights.load(shards.items(), weights, folder, tp_rank=1, tp_size=2)
         for weight in experts:
             shard = shards[weight.megatron].data
             returned |= dict(hf_weights.to_hugging_face(weight, [shard], vocab_size=53))
@@ -267,9 +263,8 @@ def test_a_pipeline_stage_reads_its_own_layers(tmp_path: Path) -> None:
     shards = {name.format(local): Parameter(torch.empty(48, 64)) for local in (0, 1)}
     hf_weights.load(
         shards.items(),
-        hf_weights.weights_of(config, [1, 2]),
+        weights_of(config, [1, 2]),
         HFFolder(tmp_path, setting=SETTING),
-        vocab_size=config.vocab_size,
         tp_rank=0,
         tp_size=1,
     )

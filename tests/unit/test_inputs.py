@@ -87,9 +87,9 @@ def test_good_inputs_are_read_and_nothing_is_written(config: TrainConfig) -> Non
         (shutil.rmtree, InputError, ["is not a folder"]),
         (lambda path: (path / "config.json").unlink(), InputError, ["config.json is missing"]),
         (
-            lambda path: edit_json(path / "config.json", model_type="llama"),
+            lambda path: edit_json(path / "config.json", model_type="gpt2"),
             InputError,
-            ["config.json has model_type 'llama'; supported are 'qwen3'"],
+            ["config.json: has model_type 'gpt2'; supported are 'llama', 'qwen3'"],
         ),
         (
             lambda path: (path / "model.safetensors").unlink(),
@@ -107,9 +107,9 @@ def test_good_inputs_are_read_and_nothing_is_written(config: TrainConfig) -> Non
             ["tokenizer.json is missing", "save_pretrained"],
         ),
     ],
-    ids=["no folder", "no config", "no Qwen3", "no weights", "truncated", "no tokenizer"],
+    ids=["no folder", "no config", "no known family", "no weights", "truncated", "no tokenizer"],
 )
-def test_a_folder_that_holds_no_usable_qwen3_is_named_with_its_setting(
+def test_a_folder_that_holds_no_usable_model_is_named_with_its_setting(
     config: TrainConfig,
     model: str,
     damage: Callable[[Path], Any],

@@ -1,4 +1,4 @@
-"""The Megatron model against transformers' Qwen3 and against Qwen3 written out in fp64."""
+"""The Megatron model against transformers and against the model written out in fp64."""
 
 import os
 import subprocess
@@ -13,7 +13,7 @@ from support import qwen3_folder
 from support.plain_qwen3 import PlainQwen3
 
 from poweropd_megatron.models.build import build_model, padded_vocab_size
-from poweropd_megatron.models.qwen3 import Qwen3Config
+from poweropd_megatron.models.families import read_model_config
 from poweropd_megatron.parallel.layout import Layout
 
 SCRIPT = Path(__file__).parents[1] / "support" / "transformers_logits.py"
@@ -31,6 +31,10 @@ CASES: dict[str, dict[str, Any]] = {
     "experts whose weights don't sum to 1": qwen3_folder.MOE | {"norm_topk_prob": False},
     "one expert a token": qwen3_folder.MOE | {"num_experts_per_tok": 1, "norm_topk_prob": False},
     "all experts for each token": qwen3_folder.MOE | {"num_experts_per_tok": 4},
+    "llama": qwen3_folder.LLAMA,
+    "llama, tied, heads share out the hidden size": qwen3_folder.LLAMA
+    | {"tie_word_embeddings": True, "head_dim": None, "num_key_value_heads": 1},
+    "llama, new spelling": qwen3_folder.LLAMA | {"spelling": "transformers-5", "head_dim": 20},
 }
 
 
@@ -59,7 +63,7 @@ def test_logits_are_those_of_transformers_and_of_fp64(
     folder = folders[case]
     ids = load_file(folder / "ids.safetensors")["ids"]
     theirs = load_file(folder / "logits.safetensors")["logits"]
-    model = Qwen3Config.from_folder(folder, setting="student.path")
+    model = read_model_config(folder, setting="student.path")
     [chunk] = build_model(model, layout, folder=str(folder), dtype="fp32", setting="student.path")
     with torch.no_grad():
         ours = chunk.eval()(input_ids=ids, position_ids=None, attention_mask=None)
@@ -76,7 +80,7 @@ def test_bf16_logits_err_no_more_than_bf16_rounding_through_the_layers(
 ) -> None:
     folder = folders["tied"]
     ids = load_file(folder / "ids.safetensors")["ids"]
-    model = Qwen3Config.from_folder(folder, setting="student.path")
+    model = read_model_config(folder, setting="student.path")
     [chunk] = build_model(model, layout, folder=str(folder), dtype="bf16", setting="student.path")
     assert {parameter.dtype for parameter in chunk.parameters()} == {torch.bfloat16}
     rounded = PlainQwen3.from_folder(folder)

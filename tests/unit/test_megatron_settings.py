@@ -13,13 +13,13 @@ from support.run_settings import small_run
 from poweropd_megatron.config.schema import TrainConfig
 from poweropd_megatron.errors import ConfigError
 from poweropd_megatron.models.build import transformer_config
+from poweropd_megatron.models.families import read_model_config
 from poweropd_megatron.models.megatron_settings import (
     STUDENT,
     TEACHER,
     check_megatron_settings,
     fields_of,
 )
-from poweropd_megatron.models.qwen3 import Qwen3Config
 
 CLASSES = (TransformerConfig, DistributedDataParallelConfig, OptimizerConfig)
 FULL = {
@@ -196,6 +196,6 @@ def test_a_field_of_two_dataclasses_gets_into_both(student_folder: Path) -> None
     both = {"overlap_param_gather": True}
     assert fields_of(OptimizerConfig, given) == both
     assert fields_of(DistributedDataParallelConfig, given) == both | {"overlap_grad_reduce": True}
-    model = Qwen3Config.from_folder(student_folder, setting="student.path")
+    model = read_model_config(student_folder, setting="student.path")
     built = transformer_config(model, small_run(student_folder).student.parallel, "fp32", given)
     assert {name: getattr(built, name) for name in FULL} == FULL

@@ -8,7 +8,7 @@ from support import qwen3_folder
 from support.plain_qwen3 import PlainQwen3
 
 from poweropd_megatron.models.build import build_model
-from poweropd_megatron.models.qwen3 import Qwen3Config
+from poweropd_megatron.models.families import read_model_config
 from poweropd_megatron.parallel.layout import Layout
 
 
@@ -23,7 +23,7 @@ def test_checkpoints_have_the_keys_of_transformer_engines_layers(
     folder: Path, layout: Layout
 ) -> None:
     """One format, whichever layers wrote it; experts are numbers along a dimension."""
-    model = Qwen3Config.from_folder(folder, setting="student.path")
+    model = read_model_config(folder, setting="student.path")
     [chunk] = build_model(model, layout, folder=str(folder), dtype="fp32", setting="student.path")
     state = chunk.sharded_state_dict()
     keys = {
@@ -48,7 +48,7 @@ def test_checkpoints_have_the_keys_of_transformer_engines_layers(
 
 def test_the_router_learns_from_the_loss_alone(folder: Path, layout: Layout) -> None:
     """No balancing loss: in training mode every gradient is that of plain torch."""
-    model = Qwen3Config.from_folder(folder, setting="student.path")
+    model = read_model_config(folder, setting="student.path")
     [chunk] = build_model(model, layout, folder=str(folder), dtype="fp32", setting="student.path")
     ids = torch.randint(53, (2, 9), generator=torch.Generator().manual_seed(5))
     plain = PlainQwen3.from_folder(folder)
@@ -71,7 +71,7 @@ def test_experts_in_bf16_err_no_more_than_bf16_rounding_where_no_token_changes_i
     everywhere = folder.parent / "everywhere"
     changes = qwen3_folder.MOE | {"num_experts_per_tok": 4}
     qwen3_folder.write(everywhere, seed=2, **changes)
-    model = Qwen3Config.from_folder(everywhere, setting="student.path")
+    model = read_model_config(everywhere, setting="student.path")
     [chunk] = build_model(
         model, layout, folder=str(everywhere), dtype="bf16", setting="student.path"
     )

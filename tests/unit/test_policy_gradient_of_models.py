@@ -14,7 +14,7 @@ from torch import Tensor
 from poweropd_megatron.config.schema import ObjectiveConfig, OptimizerConfig
 from poweropd_megatron.errors import NonFiniteError
 from poweropd_megatron.models import hf_weights
-from poweropd_megatron.models.qwen3 import Qwen3Config
+from poweropd_megatron.models.families import read_model_config, weights_of
 from poweropd_megatron.objectives.labels import Labels, label
 from poweropd_megatron.objectives.rewards import build_reward
 from poweropd_megatron.parallel.layout import Layout
@@ -39,18 +39,18 @@ def make_student(
         micro_batch_size=micro_batch_size,
         optimizer=OptimizerConfig(**{**vars(UNCLIPPED), **optimizer}),
     )
-    return Student(settings, Qwen3Config.from_folder(folder, setting="student.path"), layout)
+    return Student(settings, read_model_config(folder, setting="student.path"), layout)
 
 
 def by_hugging_face_name(
     student: Student, folder: Path, value: Callable[[torch.nn.Parameter], Tensor]
 ) -> dict[str, Tensor]:
     """Return something of each parameter under the names of the Hugging Face tensors."""
-    model = Qwen3Config.from_folder(folder, setting="student.path")
+    model = read_model_config(folder, setting="student.path")
     parameters = dict(student.chunks[0].named_parameters())
     return {
         name: tensor
-        for weight in hf_weights.weights_of(model, range(model.num_layers))
+        for weight in weights_of(model, range(model.num_layers))
         if weight.megatron in parameters
         for name, tensor in hf_weights.to_hugging_face(
             weight, [value(parameters[weight.megatron]).detach()], vocab_size=model.vocab_size
@@ -245,7 +245,7 @@ def test_the_teacher_scores_its_labels_given_the_sampled_tokens(
     labels = label(trajectories, terminal, teacher_eos_id=TEACHER_EOS)
     teacher = Teacher(
         small_run(folder).teacher,
-        Qwen3Config.from_folder(folder, setting="teacher.path"),
+        read_model_config(folder, setting="teacher.path"),
         layout,
         logits_dtype="fp32",
     )
@@ -263,7 +263,7 @@ def test_a_teacher_with_the_students_weights_gives_neither_reward_nor_gradient(
 ) -> None:
     """Beyond rounding: they are scored in micro-batches of different sizes."""
     student = make_student(student_folder, layout, micro_batch_size=4, clip_grad=1.0)
-    model = Qwen3Config.from_folder(student_folder, setting="student.path")
+    model = read_model_config(student_folder, setting="student.path")
     engine = MegatronRolloutEngine(
         student.chunks,
         layout,

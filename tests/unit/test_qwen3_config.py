@@ -9,7 +9,8 @@ import pytest
 from support.qwen3_folder import MOE, SMALL
 
 from poweropd_megatron.errors import InputError
-from poweropd_megatron.models.qwen3 import Qwen3Config, Qwen3Experts
+from poweropd_megatron.models.families import read_model_config
+from poweropd_megatron.models.model_config import ExpertsConfig, ModelConfig
 
 SETTING = "student.path"
 MISSING = object()
@@ -37,7 +38,8 @@ def write_config(folder: Path, **changes: Any) -> Path:
 )
 def test_both_spellings_give_megatrons_names(tmp_path: Path, spelling: dict[str, Any]) -> None:
     write_config(tmp_path, **spelling)
-    assert Qwen3Config.from_folder(tmp_path, setting=SETTING) == Qwen3Config(
+    assert read_model_config(tmp_path, setting=SETTING) == ModelConfig(
+        model_type="qwen3",
         num_layers=2,
         hidden_size=48,
         ffn_hidden_size=80,
@@ -49,6 +51,7 @@ def test_both_spellings_give_megatrons_names(tmp_path: Path, spelling: dict[str,
         layernorm_epsilon=1e-5,
         rotary_base=5000.0,
         tie_word_embeddings=False,
+        qk_layernorm=True,
     )
 
 
@@ -56,7 +59,7 @@ def test_embeddings_are_untied_unless_it_says_so_and_real_numbers_may_be_integer
     tmp_path: Path,
 ) -> None:
     write_config(tmp_path, tie_word_embeddings=MISSING, rope_theta=1000000, rms_norm_eps=1)
-    config = Qwen3Config.from_folder(tmp_path, setting=SETTING)
+    config = read_model_config(tmp_path, setting=SETTING)
     assert config.tie_word_embeddings is False
     assert (config.rotary_base, config.layernorm_epsilon) == (1e6, 1.0)
     assert isinstance(config.layernorm_epsilon, float)
@@ -75,21 +78,21 @@ def test_both_spellings_of_experts_give_megatrons_names(
     tmp_path: Path, spelling: dict[str, Any]
 ) -> None:
     write_config(tmp_path, **(MOE | spelling))
-    assert Qwen3Config.from_folder(tmp_path, setting=SETTING).experts == Qwen3Experts(
+    assert read_model_config(tmp_path, setting=SETTING).experts == ExpertsConfig(
         num_moe_experts=4, moe_router_topk=2, moe_ffn_hidden_size=24, norm_topk_prob=True
     )
 
 
 def test_weights_of_experts_are_not_scaled_to_one_unless_it_says_so(tmp_path: Path) -> None:
     write_config(tmp_path, **(MOE | {"norm_topk_prob": MISSING}))
-    experts = Qwen3Config.from_folder(tmp_path, setting=SETTING).experts
+    experts = read_model_config(tmp_path, setting=SETTING).experts
     assert experts is not None
     assert experts.norm_topk_prob is False
 
 
 def test_the_bundled_models_are_read(student_folder: Path, teacher_folder: Path) -> None:
-    student = Qwen3Config.from_folder(student_folder, setting=SETTING)
-    assert student == Qwen3Config.from_folder(teacher_folder, setting="teacher.path")
+    student = read_model_config(student_folder, setting=SETTING)
+    assert student == read_model_config(teacher_folder, setting="teacher.path")
     assert (student.num_layers, student.hidden_size, student.kv_channels) == (4, 64, 32)
     assert student.tie_word_embeddings
 
@@ -97,7 +100,7 @@ def test_the_bundled_models_are_read(student_folder: Path, teacher_folder: Path)
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
-        ({"model_type": "llama"}, "has model_type 'llama'; supported are 'qwen3'"),
+        ({"model_type": "gpt2"}, "has model_type 'gpt2'; supported are 'llama', 'qwen3'"),
         ({"model_type": "qwen2_moe"}, "has model_type 'qwen2_moe'"),
         ({"model_type": MISSING}, "has model_type None"),
         ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_type = 'yarn' is not supported"),
@@ -154,14 +157,14 @@ def test_what_is_no_known_qwen3_is_refused_with_the_setting_the_file_and_the_fie
 ) -> None:
     file = write_config(tmp_path, **changes)
     with pytest.raises(InputError, match=rf"^{SETTING}: {file}:? {problem}"):
-        Qwen3Config.from_folder(tmp_path, setting=SETTING)
+        read_model_config(tmp_path, setting=SETTING)
 
 
 def test_a_missing_folder_or_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=rf"^{SETTING}: {tmp_path}/none is not a folder$"):
-        Qwen3Config.from_folder(tmp_path / "none", setting=SETTING)
+        read_model_config(tmp_path / "none", setting=SETTING)
     with pytest.raises(InputError, match=rf"^{SETTING}: {tmp_path}/config.json is missing"):
-        Qwen3Config.from_folder(tmp_path, setting=SETTING)
+        read_model_config(tmp_path, setting=SETTING)
 
 
 @pytest.mark.parametrize(
@@ -177,4 +180,4 @@ def test_a_config_that_is_no_json_object_is_named(
 ) -> None:
     (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(InputError, match=rf"^{SETTING}: {tmp_path}/config.json {problem}"):
-        Qwen3Config.from_folder(tmp_path, setting=SETTING)
+        read_model_config(tmp_path, setting=SETTING)

@@ -13,7 +13,7 @@ from support.plain_qwen3 import PlainQwen3
 from poweropd_megatron.config.schema import ParallelConfig, TeacherConfig
 from poweropd_megatron.data.tokenizer import Tokenizer
 from poweropd_megatron.models.build import build_model
-from poweropd_megatron.models.qwen3 import Qwen3Config
+from poweropd_megatron.models.families import read_model_config
 from poweropd_megatron.objectives.labels import label
 from poweropd_megatron.parallel.layout import Layout
 from poweropd_megatron.rollout.megatron_engine import MegatronRolloutEngine
@@ -31,7 +31,7 @@ FILTERED = Sampling(max_new_tokens=48, temperature=1.3, top_p=0.9, top_k=6)
 
 @pytest.fixture(scope="module")
 def chunk(student_folder: Path, layout: Layout) -> GPTModel:
-    model = Qwen3Config.from_folder(student_folder, setting="student.path")
+    model = read_model_config(student_folder, setting="student.path")
     [chunk] = build_model(
         model, layout, folder=str(student_folder), dtype="fp32", setting="student.path"
     )
@@ -225,7 +225,7 @@ def test_behaviour_log_probs_are_those_that_scoring_gives(
     chunk: GPTModel, layout: Layout, prompts: list[list[int]], student_folder: Path
 ) -> None:
     trajectories = generate(chunk, layout, prompts, RANDOM)
-    model = Qwen3Config.from_folder(student_folder, setting="teacher.path")
+    model = read_model_config(student_folder, setting="teacher.path")
     config = TeacherConfig(
         path=str(student_folder), dtype="fp32", micro_batch_size=3, parallel=ParallelConfig()
     )
@@ -246,7 +246,7 @@ def test_rows_that_pad_the_vocabulary_are_never_sampled(
     direction = 1e4 * torch.randn(config["hidden_size"], generator=torch.Generator().manual_seed(2))
     tensors["lm_head.weight"][real:] = torch.stack([direction, -direction, direction / 2])
     qwen3_folder.write_tensors(tmp_path, tensors)
-    model = Qwen3Config.from_folder(tmp_path, setting="student.path")
+    model = read_model_config(tmp_path, setting="student.path")
     [chunk] = build_model(model, layout, folder=str(tmp_path), dtype="fp32", setting="student.path")
     trajectories = generate(
         chunk, layout, [[3, 4, 5], [6]], sampling, vocab_size=real, stop=[], stream=(1, 0)
@@ -285,7 +285,7 @@ def test_bf16_rollouts_agree_with_bf16_scoring(
     layout: Layout, prompts: list[list[int]], student_folder: Path
 ) -> None:
     """Decoding with a cache rounds as scoring does, up to the noise of bf16."""
-    model = Qwen3Config.from_folder(student_folder, setting="student.path")
+    model = read_model_config(student_folder, setting="student.path")
     [half] = build_model(
         model, layout, folder=str(student_folder), dtype="bf16", setting="student.path"
     )
