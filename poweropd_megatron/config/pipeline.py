@@ -60,7 +60,9 @@ def check_pipeline(
 def _problem(stages: int, chunks: int, uneven: Mapping[str, Any], num_layers: int) -> str | None:
     """Return what is wrong with a layout, None if every chunk gets its layers.
 
-    Source: megatron/core/transformer/transformer_block.py, get_num_layers_to_build.
+    Source: megatron/core/transformer/transformer_block.py, get_num_layers_to_build;
+    transformer_layer.py, get_transformer_layer_offset (which, with chunks, divides by the number of
+    stages that aren't given).
     """
     embedding, loss = bool(uneven.get(EMBEDDING)), bool(uneven.get(LOSS))
     outer = {0: uneven.get(FIRST), stages - 1: uneven.get(LAST)}
@@ -72,6 +74,8 @@ def _problem(stages: int, chunks: int, uneven: Mapping[str, Any], num_layers: in
     if rest < 0 or (rest > 0 and others == 0) or (others and rest % others):
         where = "other stages" if given else "stages"
         return f"{rest} layers{counted} don't come out even over {others} {where}"
+    if chunks > 1 and others == 0:
+        return f"with chunks, Megatron needs {FIRST} or {LAST} left out where there are 2 stages"
     for stage in range(stages):
         count = given.get(stage, rest // others if others else 0)
         if count % chunks:

@@ -5,7 +5,7 @@ from itertools import product
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -55,7 +55,7 @@ def megatron_deals_out(
             count = get_num_layers_to_build(config, vp_stage, pp_rank)
             offset = get_transformer_layer_offset(config, vp_stage, pp_rank)
             dealt.append(list(range(offset, offset + count)))
-    except (ValueError, AssertionError):
+    except (ValueError, AssertionError, ZeroDivisionError):
         return None
     return dealt
 
@@ -72,6 +72,7 @@ uneven = st.one_of(
     chunks=st.sampled_from([None, 2, 3]),
     megatron=uneven,
 )
+@example(num_layers=6, stages=2, chunks=3, megatron={FIRST: 3, LAST: 3})
 def test_a_layout_is_accepted_exactly_where_every_chunk_gets_a_layer_of_megatron(
     num_layers: int, stages: int, chunks: int | None, megatron: dict[str, Any]
 ) -> None:
@@ -156,6 +157,18 @@ def test_every_layout_that_a_message_offers_is_accepted(
             "student.parallel.pipeline_model_parallel_size = 2 with student.megatron.num_layers_in_"
             "first_pipeline_stage = 0 can't deal out the student's layers (4): stage 0 would have "
             "a chunk without a layer",
+        ),
+        (
+            layout(2, 3),
+            {FIRST: 3, LAST: 3},
+            6,
+            "student.parallel.pipeline_model_parallel_size = 2 with student.parallel.virtual_"
+            "pipeline_model_parallel_size = 3 with student.megatron.num_layers_in_first_pipeline_"
+            "stage = 3 with student.megatron.num_layers_in_last_pipeline_stage = 3 can't deal out "
+            "the student's layers (6): with chunks, Megatron needs num_layers_in_first_pipeline_"
+            "stage or num_layers_in_last_pipeline_stage left out where there are 2 stages; no "
+            "virtual_pipeline_model_parallel_size would work, or student.megatron.num_layers_in_"
+            "first_pipeline_stage = 3",
         ),
         (
             layout(1),
