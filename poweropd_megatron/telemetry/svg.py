@@ -8,17 +8,39 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
-INK = "#0a0001"
-MUTED = "#0a0002"
-GRID = "#0a0003"
-SURFACE = "#0a0004"
-SERIES = ("#0a0011", "#0a0012", "#0a0013", "#0a0014", "#0a0015")
-"""Blue, orange, green, purple and yellow on the page; blue is also "good", orange "bad"."""
+INK, MUTED, GRID, SURFACE = (f"#0a000{number}" for number in range(1, 5))
+SERIES = tuple(f"#0a001{number}" for number in range(1, 9))
+"""Blue, rust, green, purple, amber, sky, black and pink on the page; blue is also "good", rust
+"bad". Any two of them differ by 27 or more in CIELAB to normal eyes, and nearly so to the
+colour-blind."""
 
-_PAGE_COLOURS = {INK: "ink", MUTED: "muted", GRID: "grid", SURFACE: "surface"} | {
-    colour: f"series-{number}" for number, colour in enumerate(SERIES, start=1)
-}
-"""Placeholder that matplotlib draws with -> CSS variable of report.html that takes its place."""
+_NAMES = ("ink", "muted", "grid", "surface", *(f"series-{number}" for number in range(1, 9)))
+_VARIABLES = dict(zip((INK, MUTED, GRID, SURFACE, *SERIES), _NAMES, strict=True))
+"""Placeholder that matplotlib draws with -> CSS variable of the page that takes its place."""
+
+LIGHT = dict(
+    zip(
+        ("page", *_NAMES),
+        (
+            *("#f5f5f7", "#1c1c1f", "#62626a", "#e4e4e8", "#ffffff"),
+            *("#0045c3", "#b7340c", "#1c734f", "#6f357d"),
+            *("#e48302", "#559af3", "#161f27", "#c883aa"),
+        ),
+        strict=True,
+    )
+)
+DARK = dict(
+    zip(
+        ("page", *_NAMES),
+        (
+            *("#131316", "#ececf0", "#a0a0aa", "#3a3a41", "#1d1d21"),
+            *("#3f7fff", "#e76e32", "#52d187", "#9497e2"),
+            *("#f7d02d", "#acdfff", "#eaffe3", "#dc82aa"),
+        ),
+        strict=True,
+    )
+)
+"""CSS variables of a page and their colours; paper is light."""
 
 _STYLE = {
     "svg.fonttype": "none",
@@ -79,4 +101,16 @@ def render(name: str, plot: Callable[[Any], None], size: tuple[float, float] = S
     svg = re.sub(r'\s(width|height)="[\d.]+pt"', "", svg, count=2)
     svg = re.sub(r'<g id="[\w.]+">', "<g>", svg)
     svg = re.sub(r"\s*<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    return re.sub("|".join(_PAGE_COLOURS), lambda hit: f"var(--{_PAGE_COLOURS[hit[0]]})", svg)
+    return re.sub("|".join(_VARIABLES), lambda hit: page_colour(hit[0]), svg)
+
+
+def page_colour(placeholder: str) -> str:
+    """Return what stands in the page for a colour of a drawing."""
+    return f"var(--{_VARIABLES[placeholder]})"
+
+
+def standalone(svg: str) -> str:
+    """Return the text of an .svg file: a figure of render's in the colours of paper."""
+    coloured = re.sub(r"var\(--([\w-]+)\)", lambda hit: LIGHT[hit[1]], svg)
+    fonts = "system-ui, 'DejaVu Sans', sans-serif"
+    return coloured.replace("'DejaVu Sans', sans-serif", fonts) + "\n"

@@ -9,7 +9,7 @@ import torch
 
 from poweropd_megatron.errors import InputError
 from poweropd_megatron.objectives.diagnostics import reward_by_position, reward_map, reward_metrics
-from poweropd_megatron.telemetry import figures
+from poweropd_megatron.telemetry import figures, reward_figures
 from poweropd_megatron.telemetry.report import write_report
 from poweropd_megatron.telemetry.sinks import JsonlSink, write_json_atomically
 
@@ -259,5 +259,5 @@ def test_a_long_curve_keeps_its_extremes():
 
 def test_a_reward_that_is_never_finite_is_not_drawn():
     nan_cell = {"edges": [0, 0.5, 1], "count": [[3, 0], [0, 0]], "mean": [[None, None]] * 2}
-    assert "<svg" in figures.reward_map([{"step": 1, "reward_map": nan_cell}])
+    assert "<svg" in reward_figures.reward_map([{"step": 1, "reward_map": nan_cell}])
     assert figures.reward([{"step": 1, "reward/mean": None}]) is None
