@@ -15,7 +15,7 @@ from torch import Tensor
 from poweropd_megatron.errors import InputError
 from poweropd_megatron.models import hf_weights
 from poweropd_megatron.models.build import layer_numbers
-from poweropd_megatron.models.families import weights_of
+from poweropd_megatron.models.families import hugging_face_shapes, weights_of
 from poweropd_megatron.models.hf_folder import INDEX_NAME, HFFolder, read_json
 from poweropd_megatron.models.model_config import ModelConfig
 from poweropd_megatron.parallel.layout import Layout
@@ -48,7 +48,7 @@ def export(student: Student, model: ModelConfig, *, reference: str, target: Path
     written = agreed(lambda: _write_stage(student, model, layout, partial))
     by_rank: list[dict[str, dict[str, int]]] = [{} for _ in range(dist.get_world_size())]
     dist.all_gather_object(by_rank, written)
-    agreed(lambda: _finish(by_rank, model, partial, target, reference) if is_first else None)
+    agreed(lambda: _finish(by_rank, model, partial, target) if is_first else None)
     return target
 
 
@@ -148,7 +148,6 @@ def _finish(
     model: ModelConfig,
     partial: Path,
     target: Path,
-    reference: str,
 ) -> None:
     """Give the files their final names, write the index, check the tensors, and publish."""
     files = [(name, sizes) for written in by_rank for name, sizes in sorted(written.items())]
@@ -166,9 +165,7 @@ def _finish(
         total_size = sum(size for _, sizes in files for size in sizes.values())
         index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
         (partial / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    expected = HFFolder(reference, setting="student.path").names()
-    if model.tie_word_embeddings:
-        expected -= {"lm_head.weight"}
+    expected = hugging_face_shapes(model).keys()
     found = HFFolder(partial, setting="export").names()
     if found != expected:
         raise InputError(

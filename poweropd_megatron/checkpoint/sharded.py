@@ -13,6 +13,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystem
 
 from poweropd_megatron.checkpoint.store import CheckpointStore, digest, read_manifest, verify
 from poweropd_megatron.errors import CheckpointError
+from poweropd_megatron.models.torch_dist_folder import incompleteness
 from poweropd_megatron.parallel.world import agreed
 
 
@@ -138,8 +139,6 @@ def _publish(store: CheckpointStore, partial: Path, step: int, digests: dict[str
 
 def _check_metadata(partial: Path) -> None:
     """Raise CheckpointError unless every stored item lies inside its file."""
-    metadata = FileSystemReader(partial).read_metadata()
-    for index, stored in (metadata.storage_data or {}).items():
-        path = partial / stored.relative_path
-        if not path.is_file() or path.stat().st_size < stored.offset + stored.length:
-            raise CheckpointError(f"{path} was not written completely: {index.fqn} is cut off")
+    problem = incompleteness(partial, FileSystemReader(partial).read_metadata())
+    if problem is not None:
+        raise CheckpointError(problem)

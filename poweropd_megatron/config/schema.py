@@ -47,7 +47,8 @@ class StudentConfig:
     """The model that generates and learns."""
 
     path: str
-    """Hugging Face folder (config.json, *.safetensors, tokenizer.json) of the first weights."""
+    """Hugging Face folder (config.json, *.safetensors, tokenizer.json) of the first weights, or a
+    folder that was converted from one (weights/ in the place of *.safetensors)."""
     dtype: DType = "bf16"
     """Type of weights and activations; bf16 keeps fp32 main weights and fp32 gradients."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -62,7 +63,7 @@ class TeacherConfig:
     """The frozen model that scores the student's tokens."""
 
     path: str
-    """Hugging Face folder with the teacher's weights; its tokenizer must be the student's."""
+    """Folder with the teacher's weights, as student.path; its tokenizer must be the student's."""
     dtype: DType = "bf16"
     """Type of weights and activations of the teacher."""
     micro_batch_size: int = 4

@@ -1,4 +1,4 @@
-"""A model on Megatron-Core, its weights taken straight from a Hugging Face folder."""
+"""A model on Megatron-Core, its weights from a Hugging Face or a converted folder."""
 
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
@@ -16,11 +16,11 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from poweropd_megatron.config.schema import DType, ParallelConfig
 from poweropd_megatron.models import hf_weights
 from poweropd_megatron.models.families import weights_of
-from poweropd_megatron.models.hf_folder import HFFolder
 from poweropd_megatron.models.layers import RMSNorm, RowRotaryEmbedding, SDPACoreAttention
 from poweropd_megatron.models.megatron_settings import fields_of
 from poweropd_megatron.models.model_config import ModelConfig
 from poweropd_megatron.models.moe import moe_settings, use_shared_moe_layer
+from poweropd_megatron.models.weight_source import open_weights
 from poweropd_megatron.parallel.layout import Layout
 from poweropd_megatron.parallel.world import agreed
 
@@ -120,13 +120,14 @@ def build_model(
     ]
 
     def load() -> None:
+        source = open_weights(model, folder, setting=setting)
         for chunk in chunks:
             hf_weights.load(
                 chunk.named_parameters(),
                 weights_of(
                     model, layer_numbers(chunk), ep_rank=layout.ep_rank, ep_size=layout.ep_size
                 ),
-                HFFolder(folder, setting=setting),
+                source,
                 tp_rank=layout.tp_rank,
                 tp_size=layout.tp_size,
             )

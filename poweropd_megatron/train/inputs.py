@@ -9,9 +9,9 @@ from poweropd_megatron.data.answers import AnswerChecker, build_answer_checker
 from poweropd_megatron.data.prompts import Prompt, load_prompts
 from poweropd_megatron.data.tokenizer import Tokenizer, check_same_vocabulary
 from poweropd_megatron.errors import ConfigError, InputError
-from poweropd_megatron.models.families import hugging_face_shapes, read_model_config
-from poweropd_megatron.models.hf_folder import HFFolder
+from poweropd_megatron.models.families import read_model_config
 from poweropd_megatron.models.model_config import ModelConfig
+from poweropd_megatron.models.weight_source import open_weights
 from poweropd_megatron.ops.backends import reference_is_asked_for
 from poweropd_megatron.train.output_folder import check_place
 
@@ -49,7 +49,7 @@ def read_inputs(config: TrainConfig, *, world_size: int) -> RunInputs:
     for name, part in (("student", config.student), ("teacher", config.teacher)):
         setting = f"{name}.path"
         model = read_model_config(part.path, setting=setting)
-        _check_tensors(model, HFFolder(part.path, setting=setting))
+        open_weights(model, part.path, setting=setting)
         rules.check_model_layout(
             "student" if name == "student" else "teacher",
             part.parallel,
@@ -102,20 +102,6 @@ def _check_kernels() -> None:
         reference_is_asked_for()
     except ValueError as error:
         raise ConfigError(str(error)) from None
-
-
-def _check_tensors(model: ModelConfig, folder: HFFolder) -> None:
-    """Refuse a folder whose tensors are not those of its config.json, such as other layers."""
-    expected = hugging_face_shapes(model).keys()
-    experts = f" of {model.experts.num_moe_experts} experts" if model.experts else ""
-    found = folder.names() - ({"lm_head.weight"} if model.tie_word_embeddings else set())
-    for names, what in ((expected - found, "lacks"), (found - expected, "has, beyond that,")):
-        if names:
-            raise InputError(
-                f"{folder.setting}: config.json describes {model.num_layers} layers{experts}, "
-                f"but {folder.path} {what} {', '.join(sorted(names)[:3])}"
-                + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-            )
 
 
 def _check_vocabulary_sizes(

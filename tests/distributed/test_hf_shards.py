@@ -1,4 +1,4 @@
-"""Hugging Face weights into shards and back: bitwise, in every layout."""
+"""Weights of a folder into shards and back: bitwise, in every layout."""
 
 from pathlib import Path
 from typing import Any
@@ -7,7 +7,7 @@ import pytest
 import torch
 from gathering import whole_tensors
 from safetensors.torch import load_file
-from support import qwen3_folder
+from support import converted_folder, qwen3_folder
 from support.rank_pool import RankPool
 from torch import Tensor
 
@@ -18,6 +18,15 @@ from poweropd_megatron.models.families import read_model_config
 from poweropd_megatron.parallel import cpu_device
 from poweropd_megatron.parallel.layout import student_layout
 
+CONVERTED = {
+    "TP2xPP2xVPP2": ParallelConfig(
+        tensor_model_parallel_size=2,
+        pipeline_model_parallel_size=2,
+        virtual_pipeline_model_parallel_size=2,
+    ),
+    "TP2xEP2": ParallelConfig(tensor_model_parallel_size=2, expert_model_parallel_size=2),
+    "PP2xEP2": ParallelConfig(pipeline_model_parallel_size=2, expert_model_parallel_size=2),
+}
 LAYOUTS = {
     "one-process": (1, 1, 1, None),
     "TP2": (2, 2, 1, None),
@@ -110,3 +119,30 @@ def test_shards_in_bf16_are_the_rounded_tensors(folders: dict[str, str], ranks: 
     gathered, _ = ranks.run(load_and_gather, parallel, folder, "bf16", world_size=2)[0]
     for name, tensor in original.items():
         assert torch.equal(gathered[name][0], tensor.to(torch.bfloat16))
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("TP2xPP2xVPP2", "untied"),
+        ("TP2xPP2xVPP2", "llama"),
+        ("TP2xEP2", "experts"),
+        ("PP2xEP2", "experts"),
+    ],
+)
+def test_shards_of_a_converted_folder_put_together_are_the_first_tensors_bitwise(
+    name: str, kind: str, tmp_path: Path, ranks: RankPool
+) -> None:
+    parallel = CONVERTED[name]
+    changes = {"untied": {}, "experts": qwen3_folder.MOE, "llama": qwen3_folder.LLAMA}[kind]
+    original = qwen3_folder.write(
+        tmp_path / "first", num_hidden_layers=4, tie_word_embeddings=kind == "experts", **changes
+    )
+    folder = converted_folder.write(tmp_path / "first", tmp_path / "converted")
+    world_size = 4 if parallel.pipeline_model_parallel_size > 1 else 2
+    by_rank = ranks.run(load_and_gather, parallel, str(folder), "fp32", world_size=world_size)
+    gathered, _ = by_rank[0]
+    gathered.pop("padding")
+    assert gathered.keys() == original.keys()
+    for tensor_name, copies in gathered.items():
+        assert all(torch.equal(copy, original[tensor_name]) for copy in copies)

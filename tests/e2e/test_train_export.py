@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from support import converted_folder
 from support.cli_run import REPO, records, rewound, settings, train
 from torch import Tensor
 
@@ -138,3 +139,19 @@ def test_a_bf16_run_exports_bf16_and_says_so(exports, answers):
     assert after == before | {"torch_dtype": "bfloat16"}
     assert answers("bf16")["dtype"] == "torch.bfloat16"
     assert [len(text) > 4 for text in answers("bf16")["responses"]] == [True] * 4
+
+
+def test_a_run_from_converted_folders_exports_what_one_from_the_first_folders_does(tmp_path):
+    """Bit by bit, with the same files, and none of the converted weights."""
+    folders = {"first": [], "converted": []}
+    for model in ("student", "teacher"):
+        first = STUDENT.parent / model
+        converted_folder.write(first, tmp_path / model)
+        (tmp_path / model / "weights" / "manifest.json").write_text("{}")
+        folders["converted"].append(f"--{model}.path={tmp_path / model}")
+    for name, changes in folders.items():
+        train(settings(tmp_path / name, *changes, steps=1, tp=2), world_size=2).expect(0)
+    first, converted = (tmp_path / name / "export" for name in folders)
+    assert {f.name: f.read_bytes() for f in converted.iterdir()} == {
+        f.name: f.read_bytes() for f in first.iterdir()
+    }

@@ -1,4 +1,4 @@
-"""Run as a process of its own: transformers' logits for each folder given, on its ids.safetensors.
+"""Run as a process of its own: transformers' logits for each folder given, on its ids.pt.
 
 A process of its own, because the CPU device patches tensor methods in the one that runs Megatron.
 """
@@ -7,11 +7,10 @@ import sys
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 
 
 def main(folders: list[str]) -> None:
-    """Write logits.safetensors, [B, T, V] fp32, into each folder."""
+    """Write logits.pt, [B, T, V] fp32, into each folder."""
     from transformers import AutoModelForCausalLM
 
     for folder in map(Path, folders):
@@ -20,8 +19,8 @@ def main(folders: list[str]) -> None:
         )
         assert model.config.architectures == [type(model).__name__]
         with torch.no_grad():
-            logits = model(load_file(folder / "ids.safetensors")["ids"]).logits
-        save_file({"logits": logits.contiguous()}, folder / "logits.safetensors")
+            logits = model(torch.load(folder / "ids.pt")).logits
+        torch.save(logits, folder / "logits.pt")
 
 
 if __name__ == "__main__":

@@ -15,8 +15,8 @@ from poweropd_megatron.errors import InputError
 from poweropd_megatron.models import hf_weights
 from poweropd_megatron.models.build import build_model, padded_vocab_size
 from poweropd_megatron.models.families import read_model_config, weights_of
-from poweropd_megatron.models.hf_folder import HFFolder
 from poweropd_megatron.models.model_config import ModelConfig
+from poweropd_megatron.models.weight_source import open_weights
 from poweropd_megatron.parallel.layout import Layout
 
 SETTING = "student.path"
@@ -63,7 +63,7 @@ def load_shards(
         hf_weights.load(
             shards.items(),
             weights_of(config, range(config.num_layers)),
-            HFFolder(folder, setting=SETTING),
+            open_weights(config, folder, setting=SETTING),
             tp_rank=tp_rank,
             tp_size=tp_size,
         )
@@ -196,7 +196,7 @@ def test_a_tensor_of_another_shape_is_refused_by_name(
         hf_weights.load(
             parameters.items(),
             weights_of(config, range(config.num_layers)),
-            HFFolder(tmp_path, setting=SETTING),
+            open_weights(config, tmp_path, setting=SETTING),
             tp_rank=0,
             tp_size=tp_size,
         )
@@ -211,7 +211,7 @@ def test_a_missing_tensor_is_named_when_the_model_is_built(
     tensors = qwen3_folder.write(tmp_path)
     del tensors[name]
     save_file(tensors, tmp_path / "model.safetensors")
-    with pytest.raises(InputError, match=rf"^{SETTING}: {tmp_path} has no tensor {name}$"):
+    with pytest.raises(InputError, match=rf"^{SETTING}: .* but {tmp_path} lacks {name}$"):
         build_model(
             read_config(tmp_path), layout, folder=str(tmp_path), dtype="fp32", setting=SETTING
         )
@@ -224,7 +224,7 @@ def test_a_parameter_without_a_row_in_the_table_is_refused(tmp_path: Path) -> No
         hf_weights.load(
             [("decoder.bias", Parameter(torch.zeros(3)))],
             weights_of(config, [0, 1]),
-            HFFolder(tmp_path, setting=SETTING),
+            open_weights(config, tmp_path, setting=SETTING),
             tp_rank=0,
             tp_size=1,
         )
@@ -235,7 +235,8 @@ def test_a_rank_reads_its_own_experts_whole_and_gives_them_back(
     tmp_path: Path, ep_size: int
 ) -> None:
     tensors = qwen3_folder.write(tmp_path, **qwen3_folder.MOE)
-    config, folder = read_config(tmp_path), HFFolder(tmp_path, setting=SETTING)
+    config = read_config(tmp_path)
+    source = open_weights(config, tmp_path, setting=SETTING)
     returned: dict[str, Tensor] = {}
     for ep_rank in range(ep_size):
         weights = list(weights_of(config, [0, 1], ep_rank=ep_rank, ep_size=ep_size))
@@ -247,7 +248,7 @@ def test_a_rank_reads_its_own_experts_whole_and_gives_them_back(
             )
             for weight in experts
         }
-        hf_weights.load(shards.items(), weights, folder, tp_rank=1, tp_size=2)
+        hf_weights.load(shards.items(), weights, source, tp_rank=1, tp_size=2)
         for weight in experts:
             shard = shards[weight.megatron].data
             returned |= dict(hf_weights.to_hugging_face(weight, [shard], vocab_size=53))
@@ -264,7 +265,7 @@ def test_a_pipeline_stage_reads_its_own_layers(tmp_path: Path) -> None:
     hf_weights.load(
         shards.items(),
         weights_of(config, [1, 2]),
-        HFFolder(tmp_path, setting=SETTING),
+        open_weights(config, tmp_path, setting=SETTING),
         tp_rank=0,
         tp_size=1,
     )

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from support import qwen3_folder
 from support.plain_qwen3 import PlainQwen3
 
@@ -48,7 +47,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         qwen3_folder.write(folder, seed=number, **changes)
         vocab_size = changes.get("vocab_size", qwen3_folder.SMALL["vocab_size"])
         ids = torch.randint(vocab_size, (2, 33), generator=torch.Generator().manual_seed(number))
-        save_file({"ids": ids}, folder / "ids.safetensors")
+        torch.save(ids, folder / "ids.pt")
     command = [sys.executable, str(SCRIPT), *map(str, made.values())]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
@@ -61,8 +60,8 @@ def test_logits_are_those_of_transformers_and_of_fp64(
     case: str, folders: dict[str, Path], layout: Layout
 ) -> None:
     folder = folders[case]
-    ids = load_file(folder / "ids.safetensors")["ids"]
-    theirs = load_file(folder / "logits.safetensors")["logits"]
+    ids = torch.load(folder / "ids.pt")
+    theirs = torch.load(folder / "logits.pt")
     model = read_model_config(folder, setting="student.path")
     [chunk] = build_model(model, layout, folder=str(folder), dtype="fp32", setting="student.path")
     with torch.no_grad():
@@ -79,7 +78,7 @@ def test_bf16_logits_err_no_more_than_bf16_rounding_through_the_layers(
     folders: dict[str, Path], layout: Layout
 ) -> None:
     folder = folders["tied"]
-    ids = load_file(folder / "ids.safetensors")["ids"]
+    ids = torch.load(folder / "ids.pt")
     model = read_model_config(folder, setting="student.path")
     [chunk] = build_model(model, layout, folder=str(folder), dtype="bf16", setting="student.path")
     assert {parameter.dtype for parameter in chunk.parameters()} == {torch.bfloat16}

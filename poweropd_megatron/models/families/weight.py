@@ -33,6 +33,8 @@ class Weight:
     """The inverse of merge."""
     is_vocabulary: bool = False
     """Its rows are tokens; a model pads them to a multiple of TP, a checkpoint does not."""
+    index: tuple[int, ...] = ()
+    """Of a filled-in row: where in the first dimensions of the stored tensor it lies."""
     is_copy: bool = False
     """Another row's tensor once more: the last stage's copy of tied embeddings. Stored once."""
 
@@ -57,12 +59,14 @@ class Weight:
         """Return the row of one layer and expert, which may have other numbers on their rank."""
         local_layer = layer if local_layer is None else local_layer
         local_expert = expert if local_expert is None else local_expert
+        numbers = {"layer": layer, "expert": expert}
         return replace(
             self,
             megatron=self.megatron.format(layer=local_layer, expert=local_expert),
             hugging_face=tuple(
                 name.format(layer=layer, expert=expert) for name in self.hugging_face
             ),
+            index=tuple(numbers[name] for name in self.stacked),
         )
 
 

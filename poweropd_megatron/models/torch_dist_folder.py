@@ -1,0 +1,150 @@
+"""A torch_dist folder read tensor by tensor: no process group, no model, any writer's layout."""
+
+import pickle
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+
+from poweropd_megatron.errors import InputError
+
+METADATA_NAME = ".metadata"
+
+
+class TorchDistFolder:
+    """The global tensors that torch.distributed.checkpoint stored in a folder, in whatever pieces.
+
+    Its .metadata is a pickle: open folders from trusted places only.
+    """
+
+    def __init__(self, path: str | Path, *, setting: str) -> None:
+        """Read what is stored where.
+
+        Raises: InputError if the folder is incomplete: no .metadata, or a file missing or cut off.
+        """
+        self.path = Path(path)
+        self.setting = setting
+        self._reader = FileSystemReader(self.path)
+        try:
+            self._metadata: Metadata = self._reader.read_metadata()
+            self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
+        except FileNotFoundError:
+            raise InputError(
+                f"{setting}: {self.path / METADATA_NAME} is missing; expected a torch_dist folder"
+            ) from None
+        except (OSError, pickle.UnpicklingError, EOFError, AttributeError, ImportError) as error:
+            raise InputError(
+                f"{setting}: {self.path / METADATA_NAME} can't be read: {error}"
+            ) from None
+        problem = incompleteness(self.path, self._metadata)
+        if problem is not None:
+            raise InputError(f"{setting}: {problem}")
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the global shape of each tensor by its key."""
+        return {
+            key: tuple(stored.size)
+            for key, stored in self._metadata.state_dict_metadata.items()
+            if isinstance(stored, TensorStorageMetadata)
+        }
+
+    def objects(self) -> frozenset[str]:
+        """Return the keys of what is stored beside tensors."""
+        return frozenset(self._metadata.state_dict_metadata) - self.shapes().keys()
+
+    def dtype(self, key: str) -> torch.dtype:
+        """Return the type of a tensor."""
+        return self._tensor(key).properties.dtype
+
+    def read(self, key: str, index: tuple[int, ...] = ()) -> Tensor:
+        """Return stored[index]: a layer's or an expert's part of a tensor, or all of it.
+
+        Raises: InputError if there is no such tensor, its pieces leave gaps, or can't be read.
+        Cost: reads each stored piece that overlaps, whole.
+        """
+        stored = self._tensor(key)
+        start = torch.Size((*index, *[0] * (len(stored.size) - len(index))))
+        size = torch.Size((*[1] * len(index), *stored.size[len(index) :]))
+        target = torch.empty(size, dtype=stored.properties.dtype)
+        items = create_read_items_for_chunk_list(key, stored, [ChunkStorageMetadata(start, size)])
+        if sum(prod(item.lengths) for item in items) != target.numel():
+            raise InputError(f"{self.setting}: {self.path} holds only parts of {key}{list(index)}")
+        try:
+            self._reader.read_data(LoadPlan(items), _IntoOne(target)).wait()
+        except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
+            files = {self._file_of(item) for item in items}
+            raise InputError(
+                f"{self.setting}: {key} can't be read from {', '.join(sorted(files))}: {error}"
+            ) from None
+        return target.view(stored.size[len(index) :])
+
+    def _tensor(self, key: str) -> TensorStorageMetadata:
+        stored = self._metadata.state_dict_metadata.get(key)
+        if not isinstance(stored, TensorStorageMetadata):
+            raise InputError(f"{self.setting}: {self.path} has no tensor {key}")
+        return stored
+
+    def _file_of(self, item: ReadItem) -> str:
+        return str(self.path / self._metadata.storage_data[item.storage_index].relative_path)
+
+
+def incompleteness(folder: Path, metadata: Metadata) -> str | None:
+    """Return which file of a torch_dist folder is missing or cut off; None if none is."""
+    sizes: dict[str, int] = {}
+    for index, stored in (metadata.storage_data or {}).items():
+        file = folder / stored.relative_path
+        if stored.relative_path not in sizes:
+            if not file.is_file():
+                return f"{file} is missing, where {index.fqn} is"
+            sizes[stored.relative_path] = file.stat().st_size
+        if sizes[stored.relative_path] < stored.offset + stored.length:
+            return f"{file} was not written completely: {index.fqn} is cut off"
+    return None
+
+
+class _IntoOne(LoadPlanner):
+    """Puts what is read into one tensor."""
+
+    def __init__(self, target: Tensor) -> None:
+        self._target = target
+
+    def set_up_planner(self, *args: Any, **kwargs: Any) -> None:
+        """Do nothing: the plan is made by hand."""
+
+    def create_local_plan(self) -> LoadPlan:
+        """Refuse: the plan is made by hand."""
+        raise NotImplementedError
+
+    def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
+        """Refuse: the plan is made by hand."""
+        raise NotImplementedError
+
+    def finish_plan(self, central_plan: LoadPlan) -> LoadPlan:
+        """Refuse: the plan is made by hand."""
+        raise NotImplementedError
+
+    def load_bytes(self, read_item: ReadItem, value: Any) -> None:
+        """Refuse: only tensors are read."""
+        raise NotImplementedError
+
+    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
+        """Return where a piece goes."""
+        place = self._target
+        for dim, (start, length) in enumerate(
+            zip(read_item.dest_offsets, read_item.lengths, strict=True)
+        ):
+            place = place.narrow(dim, start, length)
+        return place
+
+    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
+        """Do nothing: the piece is in its place."""
