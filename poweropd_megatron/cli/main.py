@@ -64,11 +64,20 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("train", help="train, or go on with a run (poweropd train --help)")
     report = commands.add_parser(
         "report",
-        help="write a run's report as one HTML file",
-        description="Write the report of a finished or running run as one HTML file, and print "
-        "its path. Example: poweropd report runs/chain_sum",
+        help="write the report of a run, or of several over one another, as one HTML file",
+        description="Write the report of a run, finished or not, as one HTML file, and print its "
+        "path; of several runs, a page with their curves over one another. Examples: poweropd "
+        "report runs/chain_sum; poweropd report runs/a runs/b --output comparison.html",
     )
-    report.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="the run's output_dir")
+    report.add_argument(
+        "run_dirs", metavar="RUN", type=Path, nargs="+", help="the output_dir of a run"
+    )
+    report.add_argument(
+        "--output",
+        metavar="FILE",
+        type=Path,
+        help="where to write; by default RUN/report.html, or comparison.html here for several",
+    )
     report.set_defaults(run=_report)
     return parser
 
@@ -90,9 +99,14 @@ def _train(argv: Sequence[str]) -> int:
 
 
 def _report(arguments: argparse.Namespace) -> int:
-    from poweropd_megatron.telemetry.report import write_report
+    if len(arguments.run_dirs) == 1:
+        from poweropd_megatron.telemetry.report import write_report
 
-    print(write_report(arguments.run_dir))
+        print(write_report(arguments.run_dirs[0], arguments.output))
+    else:
+        from poweropd_megatron.telemetry.comparison import write_comparison
+
+        print(write_comparison(arguments.run_dirs, arguments.output or Path("comparison.html")))
     return 0
 
 

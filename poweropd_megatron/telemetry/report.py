@@ -27,10 +27,11 @@ MAX_SAMPLE_CHARACTERS = 6000
 """Of a prompt or a response: the middle of a longer one is left out."""
 
 
-def write_report(run_dir: Path) -> Path:
-    """Return run_dir/report.html, written from the run's records; what is missing is said there.
+def write_report(run_dir: Path, path: Path | None = None) -> Path:
+    """Return path, written from the run's records; by default run_dir/report.html.
 
-    The same records give the same bytes. It may be called while the run is going on.
+    What is missing is said there. The same records give the same bytes. It may be called while the
+    run is going on.
 
     Raises: InputError, see read_run.
     """
@@ -49,7 +50,7 @@ def write_report(run_dir: Path) -> Path:
         config_text=run.config_text,
         number=format_number,
     )
-    path = run_dir / "report.html"
+    path = path or run_dir / "report.html"
     replace_text(path, page)
     return path
 

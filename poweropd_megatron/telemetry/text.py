@@ -62,9 +62,10 @@ def format_measure(measures: Mapping[str, float | None], name: str) -> str:
     value, error = measures.get(name), measures.get(f"{name}_se")
     if value is None:
         return MISSING
-    if name == "response_length":
-        return f"{value:,.1f}"
-    return f"{100 * value:.1f} %" + (f" ± {100 * error:.1f}" if error is not None else "")
+    scale, shown = (
+        (1, f"{value:,.1f}") if name == "response_length" else (100, f"{100 * value:.1f} %")
+    )
+    return shown + (f" ± {scale * error:.1f}" if error is not None else "")
 
 
 def format_change(before: float | None, after: float | None, name: str) -> str:

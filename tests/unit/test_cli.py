@@ -177,17 +177,19 @@ def test_errors_of_training_are_messages_only_if_the_user_can_mend_them(monkeypa
 
 def test_report_prints_the_path_that_was_written(monkeypatch, capsys, tmp_path):
     module = types.ModuleType("poweropd_megatron.telemetry.report")
-    module.write_report = lambda run_dir: run_dir / "report.html"
+    module.write_report = lambda run_dir, path: path or run_dir / "report.html"
     monkeypatch.setitem(sys.modules, module.__name__, module)
     assert main(["report", str(tmp_path)]) == 0
     assert capsys.readouterr().out == f"{tmp_path / 'report.html'}\n"
+    assert main(["report", str(tmp_path), "--output", "elsewhere.html"]) == 0
+    assert capsys.readouterr().out == "elsewhere.html\n"
 
 
 def test_version_and_help(capsys):
     for arguments, text in (
         (["--version"], f"poweropd {__version__}\n"),
         (["--help"], "poweropd report runs/chain_sum"),
-        (["report", "--help"], "Example: poweropd report"),
+        (["report", "--help"], "poweropd report runs/a runs/b --output comparison.html"),
     ):
         with pytest.raises(SystemExit) as caught:
             main(arguments)

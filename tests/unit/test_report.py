@@ -1,11 +1,11 @@
 import json
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 
 import matplotlib
 import pytest
 import torch
+from support.html_page import Page
 
 from poweropd_megatron.errors import InputError
 from poweropd_megatron.objectives.diagnostics import reward_by_position, reward_map, reward_metrics
@@ -96,27 +96,6 @@ def run_dir(tmp_path):
 @pytest.fixture(scope="module")
 def html(tmp_path_factory):
     return write_report(write_run(tmp_path_factory.mktemp("run"))).read_text()
-
-
-class Page(HTMLParser):
-    """The page's words, one string per element, in reading order."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.words: list[str] = []
-        self.tags: list[str] = []
-        self.feed(html)
-
-    def handle_starttag(self, tag, attrs):  # noqa: ARG002
-        self.tags.append(tag)
-
-    def handle_data(self, data):
-        if data.strip():
-            self.words.append(" ".join(data.split()))
-
-    def after(self, word: str, count: int) -> list[str]:
-        start = self.words.index(word) + 1
-        return self.words[start : start + count]
 
 
 def read(run_dir) -> Page:
