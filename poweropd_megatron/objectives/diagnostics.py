@@ -5,7 +5,7 @@ are fp32 on the CPU; log-probs are natural.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -20,17 +20,18 @@ DEAD_LOG_RATIO = 0.1
 def reward_metrics(
     reward_N: Tensor, teacher_logp_N: Tensor, student_logp_N: Tensor
 ) -> dict[str, float]:
-    """Return reward/{mean,std,min,max,p05,p95,dead_fraction} and kl/student_teacher of a batch.
+    """Return reward/{mean,std,rms,min,max,p05,p95,dead_fraction} and kl/student_teacher of a batch.
 
-    std is the population's; p05 and p95 interpolate linearly, as numpy does. The dead fraction
-    counts tokens without a reward although the models disagree: it tells when alpha is too large.
-    kl/student_teacher is the mean of log p_S - log p_T, the k1 estimate, in nats a token.
+    std is the population's; rms is the root mean square, by which grad_norm_per_reward divides.
+    p05 and p95 interpolate linearly, as numpy does. The dead fraction counts tokens without a
+    reward although the models disagree: it tells when alpha is too large. kl/student_teacher is the
+    mean of log p_S - log p_T, the k1 estimate, in nats a token.
 
     Shapes: all [N]. With N = 0 every value is 0.0.
     Cost: linear in N.
     """
     if reward_N.numel() == 0:
-        names = ("mean", "std", "min", "max", "p05", "p95", "dead_fraction")
+        names = ("mean", "std", "rms", "min", "max", "p05", "p95", "dead_fraction")
         return {f"reward/{name}": 0.0 for name in names} | {"kl/student_teacher": 0.0}
     std, mean = torch.std_mean(reward_N, correction=0)
     smallest, p05, p95, largest = quantiles(reward_N, (0.0, 0.05, 0.95, 1.0))
@@ -39,6 +40,7 @@ def reward_metrics(
     return {
         "reward/mean": mean.item(),
         "reward/std": std.item(),
+        "reward/rms": reward_N.double().square().mean().sqrt().item(),
         "reward/min": smallest,
         "reward/max": largest,
         "reward/p05": p05,
@@ -115,6 +117,45 @@ def reward_map(
         "edges": [k / num_bins for k in range(num_bins + 1)],
         "count": count_KK.view(num_bins, num_bins).tolist(),
         "mean": [mean[k : k + num_bins] for k in range(0, len(mean), num_bins)],
+    }
+
+
+def reward_surface(
+    reward: Callable[[Tensor, Tensor], Tensor], *, num_bins: int = 20
+) -> list[list[float]]:
+    """Return the reward in the middle of each cell of reward_map's grid, [K][K].
+
+    Of the function that the run rewards with, from (teacher_logp, student_logp) of each token.
+    """
+    logp_K = torch.tensor([(k + 0.5) / num_bins for k in range(num_bins)]).log()
+    teacher_logp_KK, student_logp_KK = torch.meshgrid(logp_K, logp_K, indexing="ij")
+    flat = reward(teacher_logp_KK.flatten(), student_logp_KK.flatten())
+    surface: list[list[float]] = flat.view(num_bins, num_bins).tolist()
+    return surface
+
+
+def reward_histogram(reward_N: Tensor) -> dict[str, list[float] | list[int] | int]:
+    """Return how many rewards have which sign and magnitude, in bins of a quarter of a decade.
+
+    Bin k of negative and of positive holds edges[k] <= |reward| < edges[k + 1]; the last one has
+    all that are larger, too, and zero those that are smaller than the first, DEAD_REWARD.
+
+    Shapes: [N]. Lists: edges [K + 1], the others [K].
+    """
+    edges = [10.0 ** (power / 4) for power in range(-24, 9)]
+    magnitude_N = reward_N.double().abs()
+    bin_N = torch.bucketize(magnitude_N, torch.tensor(edges, dtype=torch.float64), right=True)
+    bin_N = bin_N.clamp(max=len(edges) - 1)
+
+    def count(sign_N: Tensor) -> list[int]:
+        count_K: list[int] = torch.bincount(bin_N[sign_N], minlength=len(edges))[1:].tolist()
+        return count_K
+
+    return {
+        "edges": edges,
+        "negative": count(reward_N < 0),
+        "zero": int((bin_N == 0).sum()),
+        "positive": count(reward_N > 0),
     }
 
 

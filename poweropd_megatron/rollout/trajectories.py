@@ -76,6 +76,13 @@ class Trajectories:
         after_prompt_BT = position_T >= self.prompt_lengths_B[:, None]
         return after_prompt_BT & (position_T < self.total_lengths_B[:, None])
 
+    @property
+    def terminal_mask_BT(self) -> Tensor:
+        """Return True at the EOS of each response that ended by itself."""
+        position_T = torch.arange(self.token_ids_BT.shape[1])
+        is_last_BT = position_T == (self.total_lengths_B - 1)[:, None]
+        return is_last_BT & (self.finish_B == FINISH_STOP)[:, None]
+
     def response_ids(self, index: int) -> list[int]:
         """Return the token ids of one response, its EOS included."""
         start, end = int(self.prompt_lengths_B[index]), int(self.total_lengths_B[index])

@@ -58,14 +58,30 @@ def kl_and_entropy(metrics: Records) -> str | None:
     return _curves("kl-and-entropy", metrics, keys, "nats per token")
 
 
-def fractions(metrics: Records) -> str | None:
-    """Draw how responses end and how many tokens have no reward."""
+def endings(metrics: Records) -> str | None:
+    """Draw how responses end, and how far the sampling is from the student's distribution."""
     keys = {
         "rollout/eos_rate": "ended with EOS",
         "rollout/truncation_rate": "truncated",
-        "reward/dead_fraction": "dead rewards",
+        "rollout/truncated_mass": "mass that top-p and top-k cut off",
     }
-    return _curves("fractions", metrics, keys, "fraction", bottom=0.0)
+    return _curves("endings", metrics, keys, "fraction", bottom=0.0)
+
+
+def dead_rewards(metrics: Records) -> str | None:
+    """Draw the share of tokens that have no reward although the models disagree."""
+    keys = {"reward/dead_fraction": "dead rewards"}
+    return _curves("dead-rewards", metrics, keys, "fraction of tokens", bottom=0.0)
+
+
+def extreme_rewards(metrics: Records) -> str | None:
+    """Draw the largest and the smallest reward of each step, and the mean at final EOS tokens."""
+    keys = {
+        "reward/max": "largest",
+        "reward/min": "smallest",
+        "reward/terminal_mean": "mean at the final EOS",
+    }
+    return _curves("extreme-rewards", metrics, keys, "reward")
 
 
 def throughput(metrics: Records) -> str | None:
@@ -96,21 +112,30 @@ def reward(metrics: Records) -> str | None:
 
 
 def gradient_norm(metrics: Records, clip_grad: float | None) -> str | None:
-    """Draw the gradient norm before clipping, on a log axis, and the norm that it is clipped to."""
-    steps, norm = series(metrics, "grad_norm")
-    steps, norm = steps[norm > 0], norm[norm > 0]
-    if not len(steps):
+    """Draw the gradient norm before clipping, raw and by the reward's scale, on a log axis.
+
+    With the norm that it is clipped to.
+    """
+    return _log_curves(
+        "gradient-norm",
+        metrics,
+        {"grad_norm": "gradient norm", "grad_norm_per_reward": "divided by the rewards' rms"},
+        "L2 norm",
+        reference=("clip_grad", clip_grad),
+    )
+
+
+def gradient_variance(metrics: Records) -> str | None:
+    """Draw the estimated variance of the gradient beside its squared norm, on a log axis."""
+    if not len(series(metrics, "grad_variance")[0]):
         return None
-
-    def plot(figure: Any) -> None:
-        axes = step_axes(figure)
-        make_log(axes, np.append(norm, clip_grad or norm[:1]))
-        draw_curve(axes, steps, norm, SERIES[0], "gradient norm")
-        if clip_grad:
-            axes.axhline(clip_grad, color=MUTED, linestyle="--", linewidth=1, label="clip_grad")
-        draw_legend(axes)
-
-    return render("gradient-norm", plot)
+    squared = [
+        {**record, "squared": record["grad_norm"] ** 2}
+        for record in metrics
+        if record.get("grad_norm") is not None
+    ]
+    keys = {"grad_variance": "variance", "squared": "squared norm"}
+    return _log_curves("gradient-variance", squared, keys, "squared L2 norm")
 
 
 def time_per_phase(metrics: Records) -> str | None:
@@ -154,5 +179,36 @@ def _curves(
         axes.set_ylim(bottom=bottom)
         if len(keys) > 1:
             draw_legend(axes)
+
+    return render(name, plot)
+
+
+def _log_curves(
+    name: str,
+    metrics: Records,
+    keys: Mapping[str, str],
+    unit: str,
+    reference: tuple[str, float | None] = ("", None),
+) -> str | None:
+    """Return curves of what is positive in several metrics, and a level, by its label."""
+    found = {label: series(metrics, key) for key, label in keys.items()}
+    positive = {
+        label: (steps[values > 0], values[values > 0])
+        for label, (steps, values) in found.items()
+        if (values > 0).any()
+    }
+    if not positive:
+        return None
+    label, level = reference
+
+    def plot(figure: Any) -> None:
+        axes = step_axes(figure, unit)
+        shown = [values for _, values in positive.values()]
+        make_log(axes, np.concatenate([*shown, [level]] if level else shown))
+        for (curve, points), colour in zip(positive.items(), SERIES, strict=False):
+            draw_curve(axes, *points, colour, curve)
+        if level:
+            axes.axhline(level, color=MUTED, linestyle="--", linewidth=1, label=label)
+        draw_legend(axes)
 
     return render(name, plot)

@@ -14,6 +14,8 @@ class Figure(NamedTuple):
     caption: str
     svg: str | None
     wide: bool = False
+    is_optional: bool = False
+    """Left out where there is no plot."""
 
 
 def render_page(template: str, **values: Any) -> str:

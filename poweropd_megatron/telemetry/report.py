@@ -58,7 +58,7 @@ def write_report(run_dir: Path, path: Path | None = None) -> Path:
 def _figures(run: RunRecords) -> list[Figure]:
     metrics, diagnostics = run.metrics, run.diagnostics
     clip_grad = run.config.get("optimizer", {}).get("clip_grad")
-    return [
+    found = [
         Figure(
             "Accuracy",
             "On all held-out prompts, ± one standard error.",
@@ -70,14 +70,24 @@ def _figures(run: RunRecords) -> list[Figure]:
             figures.response_length(metrics),
         ),
         Figure(
+            "Gradient norm",
+            "Before clipping, raw and by the scale of the rewards.",
+            figures.gradient_norm(metrics, clip_grad),
+        ),
+        Figure(
             "Reward",
             "Above 0: the teacher finds the sampled token likelier.",
             figures.reward(metrics),
         ),
         Figure(
-            "Gradient norm",
-            "Before clipping.",
-            figures.gradient_norm(metrics, clip_grad),
+            "Extremes of the reward",
+            "Of each step's tokens, in groups of steps.",
+            figures.extreme_rewards(metrics),
+        ),
+        Figure(
+            "Rewards by magnitude",
+            "Both axes logarithmic; what is smaller than 1e-6 counts as 0.",
+            reward_figures.reward_histogram(diagnostics),
         ),
         Figure(
             "Distance from the teacher, and entropy",
@@ -85,9 +95,20 @@ def _figures(run: RunRecords) -> list[Figure]:
             figures.kl_and_entropy(metrics),
         ),
         Figure(
-            "Endings and dead rewards",
-            "Dead: no reward although the models disagree.",
-            figures.fractions(metrics),
+            "Dead rewards",
+            "Tokens without a reward although the models disagree.",
+            figures.dead_rewards(metrics),
+        ),
+        Figure(
+            "Endings",
+            "How responses end, and what sampling leaves out.",
+            figures.endings(metrics),
+        ),
+        Figure(
+            "Variance of the gradient",
+            "An estimate: where it reaches the squared norm, steps are noise.",
+            figures.gradient_variance(metrics),
+            is_optional=True,
         ),
         Figure(
             "Time per phase",
@@ -107,12 +128,14 @@ def _figures(run: RunRecords) -> list[Figure]:
         ),
         Figure(
             "Reward by probability",
-            "Last record. Above the diagonal the teacher finds the token likelier. Left: mean "
-            "reward. Right: number of tokens, on a log scale.",
+            "Last record. Above the diagonal the teacher finds the token likelier. Left: what the "
+            "reward is everywhere. Middle: its mean over the tokens that were drawn. Right: their "
+            "number, on a log scale.",
             reward_figures.reward_map(diagnostics),
             wide=True,
         ),
     ]
+    return [figure for figure in found if figure.svg is not None or not figure.is_optional]
 
 
 def _model_name(role: str, run: RunRecords) -> str:

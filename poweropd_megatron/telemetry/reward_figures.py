@@ -1,12 +1,13 @@
 """Figures of the rewards in the diagnostics: over positions, probabilities and magnitudes."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from matplotlib.colors import CenteredNorm, ListedColormap, LogNorm, to_rgba
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, NullFormatter, NullLocator
 
-from poweropd_megatron.telemetry.axes import Records, draw_legend, first_and_last
+from poweropd_megatron.telemetry.axes import Records, Values, draw_legend, first_and_last
 from poweropd_megatron.telemetry.svg import GRID, MUTED, SERIES, SURFACE, WIDE, render
 
 
@@ -37,35 +38,76 @@ def reward_by_position(diagnostics: Records) -> str | None:
 
 
 def reward_map(diagnostics: Records) -> str | None:
-    """Draw mean reward and number of tokens over (p_T, p_S), for the last record."""
+    """Draw the reward's surface, and mean reward and number of tokens, over (p_T, p_S).
+
+    Of the last record; a record of an older release has no surface.
+    """
     records = [r for r in diagnostics if np.any((r.get("reward_map") or {}).get("count", 0))]
     if not records:
         return None
-    grid = records[-1]["reward_map"]
+    grid, surface = records[-1]["reward_map"], records[-1].get("reward_surface")
     edges = np.array(grid["edges"])
-    values = np.array(grid["mean"], dtype=float)
-    mean = np.ma.masked_invalid(values)
+    mean = np.array(grid["mean"], dtype=float)
+    shown = [mean] if surface is None else [np.array(surface, dtype=float), mean]
+    titles = ["mean reward of the tokens"] if surface is None else ["the reward", "of the tokens"]
+    known = np.concatenate([np.abs(values[~np.isnan(values)]) for values in shown])
+    scale = float(np.percentile(known, 98)) if known.size else 0.0
     count = np.ma.masked_equal(np.array(grid["count"]), 0)
-    scale = float(np.nanpercentile(np.abs(values), 98)) if mean.count() else 0.0
 
     def plot(figure: Any) -> None:
-        left, right = figure.subplots(1, 2)
-        tiles = {"edgecolors": SURFACE, "linewidth": 0.5}
-        left.pcolormesh(edges, edges, 0 * mean, cmap=ListedColormap([GRID]), **tiles)
-        norm = CenteredNorm(halfrange=scale or 1.0)
-        cells = left.pcolormesh(edges, edges, mean, cmap=_diverging(), norm=norm, **tiles)
-        bar = figure.colorbar(cells, ax=left, extend="both", label="mean reward")
+        panels = figure.subplots(1, len(shown) + 1)
+        tiles = {"edgecolors": SURFACE, "linewidth": 0.4}
+        style = {"cmap": _diverging(), "norm": CenteredNorm(halfrange=scale or 1.0)}
+        for axes, values, title in zip(panels, shown, titles, strict=False):
+            axes.pcolormesh(edges, edges, 0 * count.filled(0), cmap=ListedColormap([GRID]), **tiles)
+            cells = axes.pcolormesh(edges, edges, np.ma.masked_invalid(values), **style, **tiles)
+            axes.set_title(title)
+        bar = figure.colorbar(cells, ax=panels[:-1], extend="both", label="reward", shrink=0.85)
         bar.ax.set_facecolor(GRID)
         log = LogNorm(1, max(10, count.max()))
-        cells = right.pcolormesh(edges, edges, count, cmap=_sequential(), norm=log, **tiles)
-        figure.colorbar(cells, ax=right, label="tokens", format="{x:g}")
-        for axes in (left, right):
+        cells = panels[-1].pcolormesh(edges, edges, count, cmap=_sequential(), norm=log, **tiles)
+        panels[-1].set_title("how many")
+        figure.colorbar(cells, ax=panels[-1], label="tokens", format="{x:g}", shrink=0.85)
+        for axes in panels:
             axes.plot([0, 1], [0, 1], color=MUTED, linestyle="--", linewidth=0.8)
             axes.grid(visible=False)
-            axes.set(aspect="equal", xlim=(0, 1), ylim=(0, 1))
-            axes.set(xlabel="student's probability", ylabel="teacher's probability")
+            axes.set(aspect="equal", xlim=(0, 1), ylim=(0, 1), xlabel="student's probability")
+        panels[0].set_ylabel("teacher's probability")
 
     return render("reward-map", plot, WIDE)
+
+
+def reward_histogram(diagnostics: Records) -> str | None:
+    """Draw the shares of rewards by sign and magnitude, of the first and the last record."""
+    records = [r for r in diagnostics if _histogram(r)[1].any()]
+    if not records:
+        return None
+
+    def plot(figure: Any) -> None:
+        axes = figure.subplots()
+        for record, colour in zip(first_and_last(records), (SERIES[4], SERIES[0]), strict=False):
+            edges, count = _histogram(record)
+            style = {"color": colour, "linewidth": 1.3, "baseline": None}
+            axes.stairs(100 * count / count.sum(), edges, label=f"step {record['step']}", **style)
+        axes.set_xscale("symlog", linthresh=edges[len(edges) // 2], linscale=0.5)
+        axes.set_xticks([-100, -1, -0.01, -1e-4, 0, 1e-4, 0.01, 1, 100])
+        axes.set_yscale("log")
+        axes.set(xlabel="reward", ylabel="% of tokens", xlim=(edges[0], edges[-1]))
+        axes.xaxis.set(major_formatter="{x:g}", minor_locator=NullLocator())
+        axes.yaxis.set(major_formatter="{x:g}", minor_formatter=NullFormatter())
+        draw_legend(axes)
+
+    return render("reward-histogram", plot)
+
+
+def _histogram(record: Mapping[str, Any]) -> tuple[Values, Values]:
+    """Return signed edges and counts of a record; empty where it has none."""
+    found = record.get("reward_histogram")
+    if not found:
+        return np.zeros(1), np.zeros(0)
+    edges = np.array(found["edges"])
+    count = [*reversed(found["negative"]), found["zero"], *found["positive"]]
+    return np.concatenate([-edges[::-1], edges]), np.array(count, dtype=float)
 
 
 def _diverging() -> Any:

@@ -3,6 +3,7 @@
 Shapes: B sequences, T tokens, N tokens in the loss.
 """
 
+import math
 import resource
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,8 +13,10 @@ from torch import Tensor
 
 from poweropd_megatron.objectives.diagnostics import (
     reward_by_position,
+    reward_histogram,
     reward_map,
     reward_metrics,
+    reward_surface,
 )
 from poweropd_megatron.objectives.labels import Labels
 from poweropd_megatron.objectives.loss import policy_gradient_loss
@@ -34,6 +37,7 @@ def step_metrics(
 ) -> dict[str, float]:
     """Return the metrics of a step, but for its times, under the names of metrics.jsonl.
 
+    reward/terminal_mean, of the EOS that ended responses, is left out where none is in the loss.
     rollout/logp_gap is the largest |log p_S - log p_behaviour|: rounding, unless the sampling
     distribution isn't the one that is scored (temperature, top-p, top-k), which
     rollout/truncated_mass quantifies.
@@ -46,12 +50,16 @@ def step_metrics(
     as_drawn_BT = mask_BT & (labels.student_BT == trajectories.token_ids_BT)
     gap_N = (outcome.logp_BT - trajectories.behaviour_logp_BT)[as_drawn_BT].abs()
     lengths_B = trajectories.response_lengths_B
+    of_rewards = reward_metrics(reward_N, teacher_logp_N, student_logp_N)
+    terminal_N = reward_N[trajectories.terminal_mask_BT[mask_BT]]
     eos_rate = float((trajectories.finish_B == FINISH_STOP).float().mean())
     return {
         "loss": float(policy_gradient_loss(student_logp_N, reward_N)) / max(num_tokens, 1),
         "grad_norm": outcome.grad_norm,
         "learning_rate": outcome.learning_rate,
-        **reward_metrics(reward_N, teacher_logp_N, student_logp_N),
+        "grad_norm_per_reward": outcome.grad_norm / (of_rewards["reward/rms"] or math.inf),
+        **of_rewards,
+        **({"reward/terminal_mean": float(terminal_N.mean())} if len(terminal_N) else {}),
         "entropy": float(outcome.entropy_BT[mask_BT].mean()) if num_tokens else 0.0,
         "response_length/mean": float(lengths_B.float().mean()),
         "response_length/max": int(lengths_B.max()),
@@ -107,12 +115,14 @@ def step_diagnostics(
     outcome: StudentOutcome,
     reward: Reward,
 ) -> dict[str, Any]:
-    """Return a record of diagnostics.jsonl: the reward by position and over (p_T, p_S)."""
+    """Return a record of diagnostics.jsonl: the rewards by position, magnitude and (p_T, p_S)."""
     reward_BT = reward(teacher_logp_BT, outcome.logp_BT)
     mask_BT = labels.mask_BT
     return {
         "reward_by_position": reward_by_position(reward_BT, mask_BT, trajectories.prompt_lengths_B),
+        "reward_histogram": reward_histogram(reward_BT[mask_BT]),
         "reward_map": reward_map(
             reward_BT[mask_BT], teacher_logp_BT[mask_BT], outcome.logp_BT[mask_BT]
         ),
+        "reward_surface": reward_surface(reward),
     }

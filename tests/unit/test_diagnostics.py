@@ -8,8 +8,10 @@ import torch
 from poweropd_megatron.objectives.diagnostics import (
     quantiles,
     reward_by_position,
+    reward_histogram,
     reward_map,
     reward_metrics,
+    reward_surface,
 )
 
 
@@ -28,6 +30,7 @@ def test_metrics_equal_numpy_in_fp64(n):
     expected = {
         "reward/mean": values.mean(),
         "reward/std": values.std(),
+        "reward/rms": np.sqrt((values**2).mean()),
         "reward/min": values.min(),
         "reward/max": values.max(),
         "reward/p05": np.quantile(values, 0.05),
@@ -48,7 +51,7 @@ def test_dead_fraction_counts_only_silent_tokens_about_which_the_models_disagree
 def test_a_batch_without_tokens_has_zero_metrics():
     empty = torch.empty(0)
     metrics = reward_metrics(empty, empty, empty)
-    assert len(metrics) == 8
+    assert len(metrics) == 9
     assert set(metrics.values()) == {0.0}
 
 
@@ -135,3 +138,34 @@ def test_the_map_of_no_tokens_is_empty_and_of_nan_tokens_is_nan_in_a_corner():
     record = reward_map(nan, nan, nan, num_bins=2)
     assert record["count"] == [[1, 0], [0, 0]]
     assert math.isnan(record["mean"][0][0])
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 30.0])
+def test_the_histogram_is_that_of_numpy_over_both_signs(scale):
+    generator = torch.Generator().manual_seed(2)
+    reward = scale * torch.randn(4000, generator=generator) ** 5
+    reward[:7] = torch.tensor([0.0, 1e-7, -1e-7, 500.0, -500.0, 1e-6 / 2, 99.0])
+    record = reward_histogram(reward)
+    values, edges = reward.double().numpy(), np.array(record["edges"])
+    edges[-1] = np.inf
+    assert (edges[0], len(edges)) == (1e-6, 33)
+    np.testing.assert_array_equal(record["positive"], np.histogram(values, edges)[0])
+    np.testing.assert_array_equal(record["negative"], np.histogram(-values, edges)[0])
+    assert record["zero"] == (np.abs(values) < 1e-6).sum()
+    total = sum(record["positive"]) + sum(record["negative"]) + record["zero"]
+    assert total == 4000
+
+
+def test_a_histogram_edge_belongs_to_the_bin_above():
+    record = reward_histogram(torch.tensor([0.1, -0.1, 1.0], dtype=torch.float64))
+    assert record["positive"][20] == record["negative"][20] == record["positive"][24] == 1
+    assert reward_histogram(torch.empty(0))["zero"] == 0
+
+
+def test_the_surface_is_the_reward_in_the_middle_of_each_cell_of_the_map():
+    middle = (np.arange(4) + 0.5) / 4
+    teacher, student = middle[:, None], middle[None]
+    surface = reward_surface(lambda a, b: a.exp() ** 5 - b.exp() ** 5, num_bins=4)
+    np.testing.assert_allclose(surface, teacher**5 - student**5, atol=1e-6)
+    surface = reward_surface(lambda a, b: (a - b).clamp(-1, 1), num_bins=4)
+    np.testing.assert_allclose(surface, np.clip(np.log(teacher / student), -1, 1), atol=1e-6)

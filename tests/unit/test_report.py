@@ -8,7 +8,13 @@ import torch
 from support.html_page import Page
 
 from poweropd_megatron.errors import InputError
-from poweropd_megatron.objectives.diagnostics import reward_by_position, reward_map, reward_metrics
+from poweropd_megatron.objectives.diagnostics import (
+    reward_by_position,
+    reward_histogram,
+    reward_map,
+    reward_metrics,
+    reward_surface,
+)
 from poweropd_megatron.telemetry import figures, reward_figures
 from poweropd_megatron.telemetry.report import write_report
 from poweropd_megatron.telemetry.sinks import JsonlSink, write_json_atomically
@@ -77,7 +83,13 @@ def write_run(folder: Path) -> Path:
         by_position = reward_by_position(reward, mask, starts)
         by_probability = reward_map(reward.flatten(), teacher.flatten(), student.flatten())
         diagnostics.write(
-            {"step": step, "reward_by_position": by_position, "reward_map": by_probability}
+            {
+                "step": step,
+                "reward_by_position": by_position,
+                "reward_histogram": reward_histogram(reward.flatten()),
+                "reward_map": by_probability,
+                "reward_surface": reward_surface(lambda a, b: (5 * a).exp() - (5 * b).exp()),
+            }
         )
     samples.write(sample(0, "a<b", "<script>alert(1)</script>&", correct=False))
     samples.write(sample(50, "a<b", "in between", correct=False))
@@ -117,7 +129,7 @@ def test_a_finished_run_has_its_numbers_and_every_figure(html):
     ]  # fmt: skip
     assert page.after("mean length (tokens)", 3) == ["14.1", "18.1", "+4.0"]
     assert "gsm" in page.words
-    assert page.tags.count("svg") == page.tags.count("figure") == 10
+    assert page.tags.count("svg") == page.tags.count("figure") == 13
     assert "Not recorded." in page.after("new prompt", 3)
     assert page.words.count("Not recorded.") == 1
 
@@ -197,7 +209,7 @@ def test_the_first_moments_of_a_run_have_a_report(tmp_path, lines):
         '"count": []}, "reward_map": {"edges": [0, 1], "count": [[0]], "mean": [[null]]}}\n'
     )
     page = read(tmp_path)
-    assert page.tags.count("figure") == 10
+    assert page.tags.count("figure") == 13
     assert "student not recorded learns from teacher not recorded" in page.words
 
 

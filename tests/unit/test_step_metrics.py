@@ -31,3 +31,35 @@ def test_the_rate_counts_prompts_and_responses_through_the_three_phases():
     trajectories = made_trajectories.make([([5], [7, 8, EOS]), ([5, 6], [9, 9])], eos=EOS)
     seconds = {f"time/{phase}_seconds": 2.0 for phase in ("rollout", "teacher", "student", "eval")}
     assert speed_metrics(seconds, trajectories)["tokens_per_second"] == 8 / 6
+
+
+@pytest.mark.parametrize("terminal", ["raw", "mask", "cross_eos", "im_end"])
+def test_the_reward_of_endings_is_of_those_in_the_loss_and_the_norm_is_by_the_rewards_scale(
+    terminal,
+):
+    sequences = [([5], [7, 8, EOS]), ([5, 6], [9, EOS]), ([5], [9, 9, 9])]
+    trajectories = made_trajectories.make(sequences, eos=EOS)
+    labels = label(trajectories, terminal, teacher_eos_id=TEACHER_EOS)
+    generator = torch.Generator().manual_seed(0)
+    teacher_BT, student_BT = -torch.rand(2, *labels.mask_BT.shape, generator=generator)
+    outcome = StudentOutcome(
+        logp_BT=student_BT, entropy_BT=student_BT, grad_norm=3.0, learning_rate=1.0
+    )
+    metrics = step_metrics(trajectories, labels, teacher_BT, outcome, log_ratio_reward)
+    reward = (teacher_BT - student_BT).double()
+    if terminal == "mask":
+        assert "reward/terminal_mean" not in metrics
+    else:
+        expected = (reward[0, 3] + reward[1, 3]).item() / 2
+        assert metrics["reward/terminal_mean"] == pytest.approx(expected, abs=1e-6)
+    scale = reward[labels.mask_BT].square().mean().sqrt().item()
+    assert metrics["grad_norm_per_reward"] == pytest.approx(3.0 / scale, rel=1e-5)
+
+
+def test_without_rewards_the_norm_by_their_scale_is_0():
+    trajectories = made_trajectories.make([([5], [7, 8, EOS])], eos=EOS)
+    labels = label(trajectories, "raw", teacher_eos_id=TEACHER_EOS)
+    logp_BT = torch.zeros(labels.mask_BT.shape)
+    outcome = StudentOutcome(logp_BT=logp_BT, entropy_BT=logp_BT, grad_norm=0.0, learning_rate=1.0)
+    metrics = step_metrics(trajectories, labels, logp_BT, outcome, log_ratio_reward)
+    assert metrics["grad_norm_per_reward"] == 0.0
