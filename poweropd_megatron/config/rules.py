@@ -1,6 +1,5 @@
 """What the settings must be together, and what a resumed run may change."""
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, Literal
@@ -78,26 +77,39 @@ def check_model_layout(
     num_layers: int,
     num_attention_heads: int,
     num_query_groups: int,
+    kv_channels: int,
     ffn_hidden_size: int,
     num_moe_experts: int | None,
 ) -> None:
     """Return if the layout can cut a model of this shape: heads and widths into equal parts.
+
+    With more tensor-parallel ranks than key-value heads, several ranks share one of these.
 
     num_moe_experts is None for a dense model; the others' feed-forward is not cut.
 
     Raises: ConfigError that names the parallel size and the sizes that would work.
     """
     check_experts(name, parallel, num_moe_experts)
+    qkv_rows = (num_attention_heads + 2 * num_query_groups) * kv_channels
+
+    def problem(size: int) -> str | None:
+        if num_attention_heads % size:
+            return f"divide the {name}'s attention heads ({num_attention_heads})"
+        if num_query_groups % size and size % num_query_groups:
+            return f"divide the {name}'s key-value heads ({num_query_groups}), or be a multiple"
+        if qkv_rows % size:
+            return f"divide the rows of the {name}'s linear_qkv ({qkv_rows})"
+        if num_moe_experts is None and ffn_hidden_size % size:
+            return f"divide the {name}'s feed-forward size ({ffn_hidden_size})"
+        return None
+
     tensor = parallel.tensor_model_parallel_size
-    parts = {"attention heads": num_attention_heads, "key-value heads": num_query_groups}
-    if num_moe_experts is None:
-        parts["feed-forward size"] = ffn_hidden_size
-    for what, count in parts.items():
-        if count % tensor:
-            raise ConfigError(
-                f"{name}.parallel.tensor_model_parallel_size = {tensor} must divide the {name}'s "
-                f"{what} ({count}); {listed(divisors(math.gcd(*parts.values())))} would work"
-            )
+    if wrong := problem(tensor):
+        working = [size for size in divisors(num_attention_heads) if not problem(size)]
+        raise ConfigError(
+            f"{name}.parallel.tensor_model_parallel_size = {tensor} must {wrong}; "
+            f"{listed(working)} would work"
+        )
     check_pipeline(name, parallel, megatron, num_layers)
 
 

@@ -32,7 +32,9 @@ def load(
         if name not in row_of:
             raise InputError(f"{source.setting}: no Hugging Face tensor is known for {name}")
         weight = row_of[name]
-        shard = weight.merge(source.read_pieces(weight, tp_rank=tp_rank, tp_size=tp_size))
+        sharing = weight.ranks_per_piece(tp_size)
+        pieces = source.read_pieces(weight, tp_rank=tp_rank // sharing, tp_size=tp_size // sharing)
+        shard = weight.merge(pieces).chunk(sharing)[tp_rank % sharing]
         if weight.is_vocabulary and shard.shape[0] < parameter.shape[0]:
             padding = shard.new_zeros(parameter.shape[0] - shard.shape[0], *shard.shape[1:])
             shard = torch.cat([shard, padding])
@@ -50,7 +52,9 @@ def to_hugging_face(
     if weight.dim is None:
         yield from zip(weight.hugging_face, weight.split(shards[0]), strict=True)
         return
-    pieces_by_shard = [weight.split(shard) for shard in shards]
+    sharing = weight.ranks_per_piece(len(shards))
+    merged = [torch.cat(list(shards[i : i + sharing])) for i in range(0, len(shards), sharing)]
+    pieces_by_shard = [weight.split(whole) for whole in merged]
     for name, pieces in zip(weight.hugging_face, zip(*pieces_by_shard, strict=True), strict=True):
         whole = torch.cat(list(pieces), dim=weight.dim)
         yield name, whole[:vocab_size] if weight.is_vocabulary else whole

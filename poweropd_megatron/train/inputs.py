@@ -57,6 +57,7 @@ def read_inputs(config: TrainConfig, *, world_size: int) -> RunInputs:
             num_layers=model.num_layers,
             num_attention_heads=model.num_attention_heads,
             num_query_groups=model.num_query_groups,
+            kv_channels=model.kv_channels,
             ffn_hidden_size=model.ffn_hidden_size,
             num_moe_experts=model.experts.num_moe_experts if model.experts else None,
         )

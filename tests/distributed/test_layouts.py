@@ -40,7 +40,9 @@ def recompute(granularity: str, method: str, num_layers: int) -> dict[str, Any]:
 ROWS = [
     ONE_PROCESS,
     row("TP2", 2, parallel(2)),
+    row("TP4", 4, parallel(4)),
     row("PP2", 2, parallel(1, 2)),
+    row("PP4", 4, parallel(1, 4), parallel(1, 2)),
     row("DP2", 2, parallel()),
     row("TP2+SP", 2, parallel(2, sequence=True)),
     row("TP2xPP2", 4, parallel(2, 2)),
@@ -65,6 +67,7 @@ ROWS = [
     row("disjoint-student-TP2-teacher-PP2", 4, parallel(2), parallel(1, 2), teacher_ranks=2),
 ]
 ROWS_UNTIED_ONLY = [
+    row("TP4+SP-packed", 4, parallel(4, sequence=True), max_tokens_per_microbatch=20),
     row("CP4", 4, parallel(context=4)),
     row("CP2xTP2+SP", 4, parallel(2, context=2, sequence=True)),
     row("CP2xPP2", 4, parallel(1, 2, context=2)),

@@ -18,6 +18,7 @@ SAMPLINGS = {
 LAYOUTS = {
     "one-process": (1, ParallelConfig()),
     "TP2": (2, ParallelConfig(tensor_model_parallel_size=2)),
+    "TP4": (4, ParallelConfig(tensor_model_parallel_size=4)),
     "TP2+SP": (2, ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True)),
     "PP2": (2, ParallelConfig(pipeline_model_parallel_size=2)),
     "DP2": (2, ParallelConfig()),

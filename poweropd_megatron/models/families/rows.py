@@ -72,6 +72,7 @@ def attention(config: ModelConfig) -> Iterator[Weight]:
         *(f"self_attn.{name}_proj.weight" for name in "qkv"),
         shapes=((queries, hidden), (keys, hidden), (keys, hidden)),
         dim=0,
+        num_query_groups=config.num_query_groups,
         merge=merge,
         split=split,
     )

@@ -27,6 +27,9 @@ class Weight:
     """What the first dimensions of the stored tensor count."""
     dim: int | None = None
     """The dimension of the Hugging Face tensors that tensor parallelism cuts (None: not cut)."""
+    num_query_groups: int | None = None
+    """KV heads by which linear_qkv's rows are grouped: with more ranks than that, each holds a run
+    of the merged rows of one group."""
     merge: Callable[[Sequence[Tensor]], Tensor] = lambda pieces: pieces[0]
     """Put Hugging Face tensors, or one rank's pieces of each, together as Megatron has them."""
     split: Callable[[Tensor], Sequence[Tensor]] = lambda whole: [whole]
@@ -42,6 +45,10 @@ class Weight:
     def is_expert(self) -> bool:
         """Return whether it is held by one expert-parallel rank alone, and whole there."""
         return "expert" in self.stacked
+
+    def ranks_per_piece(self, tp_size: int) -> int:
+        """Return how many tensor-parallel ranks share one piece of each Hugging Face tensor."""
+        return max(1, tp_size // (self.num_query_groups or tp_size))
 
     @property
     def shape(self) -> tuple[int, ...]:
