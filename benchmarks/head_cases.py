@@ -14,7 +14,7 @@ from logprob_cases import DTYPES, group_of_one
 from torch import Tensor
 
 from poweropd_megatron.objectives.loss import policy_gradient_loss
-from poweropd_megatron.objectives.rewards import power_reward
+from poweropd_megatron.objectives.sampled.power import power_reward
 from poweropd_megatron.ops.fused_policy_gradient import fused_policy_gradient
 from poweropd_megatron.ops.lm_head import materialized_logprob, recomputed_logprob
 from poweropd_megatron.ops.lm_head_tiles import LMHead

@@ -15,6 +15,8 @@ from typing import Any, get_origin, get_type_hints
 import jsonargparse
 import tomli_w
 
+from poweropd_megatron.config.objective import unused_settings
+from poweropd_megatron.config.objective_rules import of_objective, refuse_unused, settled
 from poweropd_megatron.config.rules import check
 from poweropd_megatron.config.schema import TrainConfig
 from poweropd_megatron.config.settings import (
@@ -44,8 +46,8 @@ _TABLES_OF_ENTRIES = ("student.megatron", "teacher.megatron")
 def parse_train_config(argv: Sequence[str]) -> TrainConfig:
     """Return the settings of a run from --config files and dotted overrides.
 
-    Of several --config files a later one wins; the command line wins over all of them. The result
-    satisfies rules.check, for torchrun's number of ranks where WORLD_SIZE tells it.
+    Of several --config files a later one wins; the command line wins over all of them, see settled.
+    The result satisfies rules.check, for torchrun's number of ranks where WORLD_SIZE tells it.
 
     Raises: ConfigError with one message that names the setting, the value and what is expected.
     SystemExit(0) after --help or --print_config.
@@ -63,8 +65,12 @@ def parse_train_config(argv: Sequence[str]) -> TrainConfig:
         raise SystemExit(0)
     values: dict[str, Any] = {}
     for path in options.config:
-        values |= read_toml(Path(path))
-    config = train_config(override(values, overrides))
+        layer = read_toml(Path(path))
+        values = settled(values | layer, values, layer)
+    overridden = override(values, overrides)
+    values = settled(overridden, values, {name for name, _ in _given(overrides)})
+    config = train_config(values)
+    refuse_unused(of_objective(values), dataclasses.asdict(config.objective))
     check(config, world_size=world_size())
     if options.print_config:
         print(to_toml(config), end="")
@@ -73,8 +79,11 @@ def parse_train_config(argv: Sequence[str]) -> TrainConfig:
 
 
 def to_toml(config: TrainConfig) -> str:
-    """Return every setting that isn't None as TOML; parse_train_config reads the same back."""
-    return tomli_w.dumps(_without_none(dataclasses.asdict(config)))
+    """Return as TOML every setting with an effect that isn't None; it reads as the same again."""
+    tables = dataclasses.asdict(config)
+    for name in unused_settings(tables["objective"]):
+        del tables["objective"][name]
+    return tomli_w.dumps(_without_none(tables))
 
 
 def read_toml(path: Path) -> dict[str, Any]:

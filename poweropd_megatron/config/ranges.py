@@ -14,6 +14,7 @@ RANGES: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
         (
             "train_steps",
             "global_batch_size",
+            "mini_batch_size",
             "micro_batch_size",
             "max_tokens_per_microbatch",
             "student.parallel.tensor_model_parallel_size",
@@ -52,6 +53,7 @@ RANGES: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
         lambda value: 0 <= value < math.inf,
         (
             "rollout.top_k",
+            "objective.window_after_tokens",
             "optimizer.min_lr",
             "optimizer.lr_warmup_iters",
             "optimizer.weight_decay",
@@ -79,11 +81,19 @@ RANGES: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
         ),
     ),
     "less than 0 and finite": (lambda value: -math.inf < value < 0, ("objective.clip_low",)),
-    "greater than 0 and at most 1": (lambda value: 0 < value <= 1, ("rollout.top_p", "eval.top_p")),
+    "greater than 0 and at most 1": (
+        lambda value: 0 < value <= 1,
+        ("objective.low_probability", "rollout.top_p", "eval.top_p"),
+    ),
+    "greater than 0 and at most 100": (
+        lambda value: 0 < value <= 100,
+        ("objective.window_first_percent",),
+    ),
     "at least 0 and less than 1": (
         lambda value: 0 <= value < 1,
-        ("optimizer.adam_beta1", "optimizer.adam_beta2"),
+        ("objective.ratio_low", "optimizer.adam_beta1", "optimizer.adam_beta2"),
     ),
+    "greater than 1 and finite": (lambda value: 1 < value < math.inf, ("objective.ratio_high",)),
     "not empty": (bool, ("output_dir", "student.path", "teacher.path", "data.train_files")),
 }
 """Each range in words, its test, and the settings that it holds for."""

@@ -88,7 +88,8 @@ def _working(config: TrainConfig, world_size: int) -> list[int]:
 
 
 def _check_batch(config: TrainConfig, num_ranks: int) -> None:
-    batch, micro = config.global_batch_size, config.micro_batch_size
+    name = "global_batch_size" if config.mini_batch_size is None else "mini_batch_size"
+    batch, micro = getattr(config, name), config.micro_batch_size
     data_parallel = num_ranks // config.student.parallel.model_parallel_size
     own = config.teacher.num_ranks
     ranks = f"{num_ranks} ranks" + (f" beside teacher.num_ranks = {own}" if own else "")
@@ -96,16 +97,25 @@ def _check_batch(config: TrainConfig, num_ranks: int) -> None:
     if config.max_tokens_per_microbatch is not None:
         if batch < data_parallel:
             raise ConfigError(
-                f"global_batch_size = {batch} must be at least the student's data-parallel size = "
+                f"{name} = {batch} must be at least the student's data-parallel size = "
                 f"{data_parallel} ({ranks}): each rank needs a response"
             )
         return
     if batch % (micro * data_parallel):
-        step = math.lcm(micro * data_parallel, config.rollout.num_samples_per_prompt)
-        fix = f"set global_batch_size to {listed(multiples_around(batch, step))}"
+        working = _working_batches(config, micro * data_parallel)
+        fixes = [f"{name} to {listed(working)}"] if working else []
         if batch % data_parallel == 0:
-            fix += f", or micro_batch_size to {listed(divisors(batch // data_parallel))}"
+            fixes.append(f"micro_batch_size to {listed(divisors(batch // data_parallel))}")
         raise ConfigError(
-            f"global_batch_size = {batch} must be a multiple of micro_batch_size = {micro} times "
-            f"the student's data-parallel size = {data_parallel} ({ranks}): {fix}"
+            f"{name} = {batch} must be a multiple of micro_batch_size = {micro} times "
+            f"the student's data-parallel size = {data_parallel} ({ranks})"
+            + (f": set {', or '.join(fixes)}" if fixes else "")
         )
+
+
+def _working_batches(config: TrainConfig, multiple: int) -> list[int]:
+    """Return what mini_batch_size, or else global_batch_size, could be as a multiple of this."""
+    batch = config.global_batch_size
+    if config.mini_batch_size is not None:
+        return [size for size in divisors(batch) if size % multiple == 0]
+    return multiples_around(batch, math.lcm(multiple, config.rollout.num_samples_per_prompt))

@@ -6,13 +6,18 @@ from typing import Any, Literal
 
 from poweropd_megatron.config.choices import divisors, listed
 from poweropd_megatron.config.experts import check_experts
+from poweropd_megatron.config.objective import unused_settings
+from poweropd_megatron.config.objective_rules import (
+    check_mini_batch,
+    check_objective,
+    of_objective,
+)
 from poweropd_megatron.config.pipeline import check_pipeline
 from poweropd_megatron.config.ranges import check_ranges
 from poweropd_megatron.config.ranks import check_ranks
 from poweropd_megatron.config.schema import (
     DataConfig,
     EvalConfig,
-    ObjectiveConfig,
     OptimizerConfig,
     ParallelConfig,
     TrainConfig,
@@ -43,8 +48,8 @@ CHANGEABLE_ON_RESUME = (
 )
 """Settings that leave the training of a resumed run as it was; the others are frozen."""
 
-FP32_RANGE = (1.2e-38, 3.4e38)
-"""Of the parameters of rewards, which are computed in fp32."""
+_MAKES_MICRO_BATCHES = ("micro_batch_size", "max_tokens_per_microbatch", "student.parallel.*")
+"""Of these, what objective.loss_normalization = 'micro_batch_mean' makes a part of training."""
 
 
 def check(config: TrainConfig, world_size: int | None = None) -> None:
@@ -55,7 +60,8 @@ def check(config: TrainConfig, world_size: int | None = None) -> None:
     Raises: ConfigError that names the settings, gives their values and what would work.
     """
     check_ranges(config)
-    _check_objective(config.objective)
+    check_objective(config.objective)
+    check_mini_batch(config)
     _check_logits(config)
     _check_schedule(config.optimizer, config.train_steps)
     _check_data(config.data)
@@ -128,10 +134,18 @@ def frozen_differences(
     defaults = {name: setting.default for name, setting in SETTINGS.items() if not setting.required}
     before = _effective(dict(_flatten(defaults)) | dict(_flatten(old)))
     after = _effective(dict(_flatten(new)))
+    if after.get("objective.loss_normalization") == "micro_batch_mean":
+        changeable = [name for name in changeable if name not in _MAKES_MICRO_BATCHES]
+    unused = {
+        f"objective.{name}"
+        for settings in (before, after)
+        for name in unused_settings(of_objective(settings))
+    }
     return [
         f"{name}: was {_shown(before.get(name))}, is {_shown(after.get(name))}"
         for name in dict.fromkeys([*before, *after])
         if before.get(name) != after.get(name)
+        and name not in unused
         and not any(fnmatchcase(name, pattern) for pattern in changeable)
     ]
 
@@ -142,17 +156,6 @@ def _effective(settings: dict[str, Any]) -> dict[str, Any]:
         return settings | {"optimizer.lr_decay_iters": None}
     end = settings.get("optimizer.lr_decay_iters") or settings.get("train_steps")
     return settings | {"optimizer.lr_decay_iters": end}
-
-
-def _check_objective(objective: ObjectiveConfig) -> None:
-    smallest, largest = FP32_RANGE
-    if objective.kind in ("power", "box_cox") and not smallest <= objective.alpha <= largest:
-        raise ConfigError(
-            f"objective.alpha must be > 0 and finite in fp32, not {objective.alpha}; "
-            "for the log-ratio limit set objective.kind = 'log_ratio'"
-        )
-    if objective.kind == "tanh" and not smallest <= objective.tau <= largest:
-        raise ConfigError(f"objective.tau must be > 0 and finite in fp32, not {objective.tau}")
 
 
 def _check_logits(config: TrainConfig) -> None:

@@ -8,6 +8,8 @@ Parallel and optimizer settings carry Megatron-Core's names.
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from poweropd_megatron.config.objective import ObjectiveConfig
+
 DType = Literal["fp32", "bf16"]
 
 
@@ -106,35 +108,6 @@ class RolloutConfig:
     cuda_graph: bool = True
     """On GPUs, for dense models without pipeline parallelism: record each decoding step and replay
     it; several times faster, for some memory."""
-
-
-@dataclass(kw_only=True)
-class ObjectiveConfig:
-    """What the student is rewarded for."""
-
-    kind: Literal["power", "log_ratio", "clip", "tanh", "prob_diff", "sqrt_diff", "box_cox"] = (
-        "power"
-    )
-    """power: p_T^alpha - p_S^alpha (PowerOPD, bounded); log_ratio: log p_T - log p_S (vanilla OPD,
-    unbounded); clip and tanh: the log-ratio, bounded after the fact; prob_diff and sqrt_diff: power
-    with alpha 1 and 0.5; box_cox: power divided by alpha."""
-    alpha: float = 5.0
-    """Exponent of power and box_cox; larger ignores tokens that both models find unlikely."""
-    clip_low: float = -1.0
-    """Smallest reward of clip."""
-    clip_high: float = 1.0
-    """Largest reward of clip."""
-    tau: float = 5.0
-    """tanh is of the log-ratio divided by this."""
-    terminal: Literal["raw", "mask", "cross_eos", "im_end"] = "mask"
-    """The final EOS position: raw scores it as is; mask drops it from the loss; cross_eos scores
-    the teacher on its own EOS; im_end trains and scores the teacher's EOS in its place."""
-    head: Literal["fused", "recompute", "materialized"] = "fused"
-    """How the student's LM head is trained: fused visits each token once and keeps a chunk of
-    logits; recompute keeps a tile and multiplies a fourth time; materialized keeps all logits."""
-    logits_dtype: DType = "fp32"
-    """Type of both models' logits; bf16 (of bf16 models) is as transformers has it, with about a
-    tenth of the reward in rounding noise."""
 
 
 @dataclass(kw_only=True)
@@ -243,9 +216,13 @@ class TrainConfig:
     seed: int = 1234
     """Seed of sampling and of the prompt order; the same seed gives the same run."""
     train_steps: int
-    """Optimizer steps."""
+    """Steps: each generates and scores a batch of responses and learns from it."""
     global_batch_size: int
-    """Responses per optimizer step, over all ranks."""
+    """Responses per step, over all ranks: one optimizer step, unless mini_batch_size is less."""
+    mini_batch_size: int | None = None
+    """Responses per optimizer step, over all ranks; must divide global_batch_size, whose parts of
+    this size are learned from one after the other. Set objective.importance_ratio, too. By default
+    global_batch_size."""
     micro_batch_size: int = 1
     """Responses per student forward/backward on each data-parallel rank, right-padded to the
     longest; not used with max_tokens_per_microbatch."""

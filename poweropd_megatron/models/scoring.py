@@ -19,6 +19,7 @@ from torch import Tensor
 
 from poweropd_megatron.objectives.loss import policy_gradient_loss
 from poweropd_megatron.objectives.rewards import Reward
+from poweropd_megatron.objectives.weights import TokenWeights
 from poweropd_megatron.ops.fused_policy_gradient import PolicyGradient, fused_policy_gradient
 from poweropd_megatron.ops.lm_head import materialized_logprob, recomputed_logprob, score
 from poweropd_megatron.ops.lm_head_tiles import LMHead
@@ -49,6 +50,7 @@ class ChosenTokens:
 class RewardedTokens:
     """Which positions of a batch are trained on, and for what.
 
+    weight: factors of the rewards; None where all are 1.
     Shapes: teacher_logp_N fp32, the chosen tokens' in row-major order.
     """
 
@@ -56,6 +58,7 @@ class RewardedTokens:
     teacher_logp_N: Tensor
     reward: Reward
     head: Literal["fused", "recompute", "materialized"]
+    weight: TokenWeights | None = None
 
 
 def score_chosen(
@@ -93,11 +96,18 @@ def policy_gradient_of_chosen(
     hidden_NH, head = _chosen_hidden(hidden_states, output_layer, output_weight, config, chosen)
     if context.head == "fused":
         return fused_policy_gradient(
-            hidden_NH, head, chosen.labels_N, context.teacher_logp_N, context.reward
+            hidden_NH,
+            head,
+            chosen.labels_N,
+            context.teacher_logp_N,
+            context.reward,
+            context.weight,
         )
     logprob = recomputed_logprob if context.head == "recompute" else materialized_logprob
     logp_N, entropy_N = logprob(hidden_NH, head, chosen.labels_N)
     reward_N = context.reward(context.teacher_logp_N, logp_N)
+    if context.weight is not None:
+        reward_N = context.weight(slice(None), logp_N) * reward_N
     return PolicyGradient(policy_gradient_loss(logp_N, reward_N), logp_N.detach(), entropy_N)
 
 

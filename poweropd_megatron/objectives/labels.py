@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from poweropd_megatron.rollout.trajectories import FINISH_STOP, Trajectories
+from poweropd_megatron.rollout.trajectories import Trajectories
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,12 +25,22 @@ class Labels:
     teacher_BT: Tensor
     mask_BT: Tensor
 
+    def part(self, rows: slice) -> "Labels":
+        """Return the labels of some of the sequences."""
+        return Labels(
+            student_BT=self.student_BT[rows],
+            teacher_BT=self.teacher_BT[rows],
+            mask_BT=self.mask_BT[rows],
+        )
+
 
 def label(
     trajectories: Trajectories,
     terminal: Literal["raw", "mask", "cross_eos", "im_end"],
     *,
     teacher_eos_id: int,
+    first_percent: float = 100.0,
+    after_tokens: int = 0,
 ) -> Labels:
     """Return the labels of a batch under a policy for the final EOS of a response.
 
@@ -38,16 +48,28 @@ def label(
     all tokens. cross_eos: the teacher is scored on its own EOS. im_end: both are scored on the
     teacher's EOS, which is then no longer the token that was sampled. Responses that were truncated
     have no final EOS and are left alone.
+    Of a response's tokens (its final EOS is one) only the first first_percent, rounded up, and only
+    those after the first after_tokens are in the loss.
     Source: PowerOPD, terminal stop policies of the released trainer.
     """
     ids_BT = trajectories.token_ids_BT
     position_T = torch.arange(ids_BT.shape[1])
-    is_last_BT = position_T == (trajectories.total_lengths_B - 1)[:, None]
-    is_terminal_BT = is_last_BT & (trajectories.finish_B == FINISH_STOP)[:, None]
-    mask_BT = trajectories.response_mask_BT
+    is_terminal_BT = trajectories.terminal_mask_BT
+    in_response_BT = position_T - trajectories.prompt_lengths_B[:, None]
+    end_B = (first_percent * trajectories.response_lengths_B.double() / 100).ceil()
+    is_in_window_BT = (in_response_BT >= after_tokens) & (in_response_BT < end_B[:, None])
+    mask_BT = trajectories.response_mask_BT & is_in_window_BT
     with_teacher_eos_BT = torch.where(is_terminal_BT, teacher_eos_id, ids_BT)
     return Labels(
         student_BT=with_teacher_eos_BT if terminal == "im_end" else ids_BT,
         teacher_BT=with_teacher_eos_BT if terminal in ("cross_eos", "im_end") else ids_BT,
         mask_BT=mask_BT & ~is_terminal_BT if terminal == "mask" else mask_BT,
     )
+
+
+def drawn(trajectories: Trajectories, labels: Labels) -> Tensor:
+    """Return True, [B, T], where the token in the loss is the one that was drawn.
+
+    It isn't where terminal = "im_end" put the teacher's EOS.
+    """
+    return labels.mask_BT & (labels.student_BT == trajectories.token_ids_BT)

@@ -1,68 +1,68 @@
-"""Token rewards: what the student gains by a token, from the teacher's and its own log-prob of it.
+"""What the student gains by a token that it drew, and how objective.kind names it.
 
-Each is of one token by itself, and 0 where both log-probs are equal, both of them -inf included.
-The kernels behind them are in ops/rewards.py.
-Shapes: teacher_logp and student_logp of one shape, fp32, natural logarithms, at most 0.
+Each reward is a file in objectives/sampled that registers itself; docs/objective.md says how to add
+one. Shapes: N tokens; teacher_logp and student_logp are fp32 natural log-probs, at most 0.
 """
 
+import importlib
+import pkgutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 from torch import Tensor
 
-from poweropd_megatron.config.schema import ObjectiveConfig
-from poweropd_megatron.ops.rewards import token_reward
+from poweropd_megatron.config.objective import ObjectiveConfig, ObjectiveKind
+from poweropd_megatron.objectives import sampled
 
 Reward = Callable[[Tensor, Tensor], Tensor]
-"""(teacher_logp, student_logp) -> reward, detached, of the same shape."""
+"""(teacher_logp, student_logp) -> reward, detached, of the same shape: each token's by itself."""
 
 
-def power_reward(teacher_logp: Tensor, student_logp: Tensor, *, alpha: float) -> Tensor:
-    """Return p_T**alpha - p_S**alpha for each token, detached.
+@dataclass(frozen=True)
+class BatchReward:
+    """A reward with statistics of the whole batch.
 
-    Range: [-1, 1], with the sign of p_T - p_S.
-    Raises: ValueError if alpha <= 0 (the limit alpha -> 0 is the log-ratio: use that reward).
-    Source: PowerOPD, eq. 4, in the form sign(d) exp(alpha max) (1 - exp(-alpha |d|)) with d = log
-    p_T - log p_S: near-equal probabilities keep their relative accuracy, and no exponential
-    overflows. alpha 1 is the difference of probabilities, 0.5 that of their square roots.
+    fit: from (teacher_logp_N, student_logp_N) of all tokens in the loss, taken before the weights
+    change, to the reward of each token.
     """
-    return token_reward("power", teacher_logp, student_logp, a=alpha)
+
+    fit: Callable[[Tensor, Tensor], Reward]
 
 
-def box_cox_reward(teacher_logp: Tensor, student_logp: Tensor, *, alpha: float) -> Tensor:
-    """Return (p_T**alpha - p_S**alpha) / alpha: the log-ratio as alpha -> 0. Range: +-1 / alpha."""
-    return token_reward("box_cox", teacher_logp, student_logp, a=alpha)
+Builder = Callable[[ObjectiveConfig], Reward | BatchReward]
+_BUILDERS: dict[ObjectiveKind, Builder] = {}
 
 
-def log_ratio_reward(teacher_logp: Tensor, student_logp: Tensor) -> Tensor:
-    """Return log p_T - log p_S: vanilla on-policy distillation, unbounded."""
-    return token_reward("log_ratio", teacher_logp, student_logp)
+def register(kind: ObjectiveKind) -> Callable[[Builder], Builder]:
+    """Return a decorator that makes a function of the settings the reward of `kind`."""
+
+    def add(builder: Builder) -> Builder:
+        assert kind not in _BUILDERS, f"objective.kind = {kind!r} has two rewards"
+        _BUILDERS[kind] = builder
+        return builder
+
+    return add
 
 
-def clip_reward(teacher_logp: Tensor, student_logp: Tensor, *, low: float, high: float) -> Tensor:
-    """Return the log-ratio held to [low, high]."""
-    return token_reward("clip", teacher_logp, student_logp, a=low, b=high)
+def builders() -> dict[ObjectiveKind, Builder]:
+    """Return what makes the reward of each kind from the settings: all files in objectives/sampled.
+
+    Cost: an import of each the first time.
+    """
+    for module in pkgutil.iter_modules(sampled.__path__):
+        importlib.import_module(f"{sampled.__name__}.{module.name}")
+    return _BUILDERS
 
 
-def tanh_reward(teacher_logp: Tensor, student_logp: Tensor, *, tau: float) -> Tensor:
-    """Return tanh(log-ratio / tau). Range: [-1, 1]."""
-    return token_reward("tanh", teacher_logp, student_logp, a=tau)
+def build_reward(objective: ObjectiveConfig) -> Reward | BatchReward:
+    """Return the reward that the settings ask for, normalized over the batch if they say so."""
+    reward = builders()[objective.kind](objective)
+    if objective.reward_normalization == "none":
+        return reward
+    from poweropd_megatron.objectives.sampled.sign_max_abs import fit_sign_max_abs
+    from poweropd_megatron.objectives.sampled.z_score import fit_z_score
 
-
-def build_reward(objective: ObjectiveConfig) -> Reward:
-    """Return the reward that the settings ask for."""
-    match objective.kind:
-        case "power":
-            return partial(power_reward, alpha=objective.alpha)
-        case "prob_diff":
-            return partial(power_reward, alpha=1.0)
-        case "sqrt_diff":
-            return partial(power_reward, alpha=0.5)
-        case "box_cox":
-            return partial(box_cox_reward, alpha=objective.alpha)
-        case "log_ratio":
-            return log_ratio_reward
-        case "clip":
-            return partial(clip_reward, low=objective.clip_low, high=objective.clip_high)
-        case "tanh":
-            return partial(tanh_reward, tau=objective.tau)
+    fits = {"z_score": fit_z_score, "sign_max_abs": fit_sign_max_abs}
+    assert not isinstance(reward, BatchReward)
+    return BatchReward(partial(fits[objective.reward_normalization], reward))

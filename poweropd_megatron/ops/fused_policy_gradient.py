@@ -43,6 +43,8 @@ class PolicyGradient(NamedTuple):
 
 Reward = Callable[[Tensor, Tensor], Tensor]
 """(teacher_logp_n, student_logp_n) -> reward_n, for any part of the tokens."""
+Weight = Callable[[slice, Tensor], Tensor]
+"""(rows, student_logp_n) -> weight_n, for these rows of the tokens."""
 
 
 def fused_policy_gradient(
@@ -51,15 +53,16 @@ def fused_policy_gradient(
     targets_N: Tensor,
     teacher_logp_N: Tensor,
     reward: Reward,
+    weight: Weight | None = None,
 ) -> PolicyGradient:
-    """Return - sum of reward * log p_S over the tokens, whose gradients are made on the way.
+    """Return - sum of weight * reward * log p_S over the tokens; the gradients are made on the way.
 
-    The reward has to be of each token by itself, and is held constant. Each chunk of tokens is
-    visited once: its logits, their softmax, the rewards, the gradient over the logits, the shares
-    of the gradients. With a `main_grad` on the weight these are added to it here, so the loss must
-    be differentiated exactly once, with an upstream gradient of 1. That is asserted in backward,
-    when main_grad has been written; a reward that raises in a later chunk leaves main_grad with the
-    chunks before it. Either way, zero main_grad before going on.
+    Reward and weight (1 unless given) have to be of each token by itself, and are held constant.
+    Each chunk of tokens is visited once: its logits, their softmax, the rewards, the gradient over
+    the logits, the shares of the gradients. With a `main_grad` on the weight these are added to it
+    here, so the loss must be differentiated exactly once, with an upstream gradient of 1. That is
+    asserted in backward, when main_grad has been written; a reward that raises in a later chunk
+    leaves main_grad with the chunks before it. Either way, zero main_grad before going on.
     The gradient of hidden_NH is this rank's share, as for any column-parallel layer. Rows that are
     ignored are multiplied like the others, so NaN in their hidden states would reach the weight's
     gradient: leave them out.
@@ -81,6 +84,7 @@ def fused_policy_gradient(
         teacher_logp_N.contiguous(),
         head,
         reward,
+        weight,
         with_gradient,
     )
     return PolicyGradient(loss, logp_N, entropy_N)
@@ -96,6 +100,7 @@ class _GradientInForward(torch.autograd.Function):
         teacher_logp_N: Tensor,
         head: LMHead,
         reward: Reward,
+        weight: Weight | None,
         with_gradient: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         kernels = kernels_for(hidden_NH)
@@ -110,6 +115,8 @@ class _GradientInForward(torch.autograd.Function):
             softmax = head.combine(stats, targets, with_entropy=True)
             reward_n = reward(teacher_logp_N[rows], softmax.logp_N)
             check_fp32("what reward returns", reward_n, targets.shape, targets.device)
+            if weight is not None:
+                reward_n = weight(rows, softmax.logp_N) * reward_n
             reward_n = torch.where(targets == IGNORED_TARGET, 0.0, reward_n)
             loss += policy_gradient_loss(softmax.logp_N, reward_n)
             assert softmax.entropy_N is not None
@@ -151,7 +158,7 @@ class _GradientInForward(torch.autograd.Function):
         elif grad_weight_VpH is not None:
             grad_weight_VpH = (grad_weight_VpH * grad_loss).to(grad_weight_VpH.dtype)
         grad_hidden_NH = (grad_hidden_NH * grad_loss).to(grad_hidden_NH.dtype)
-        return grad_hidden_NH, grad_weight_VpH, None, None, None, None, None
+        return grad_hidden_NH, grad_weight_VpH, None, None, None, None, None, None
 
 
 def _logit_chunks(hidden_NH: Tensor, head: LMHead) -> Iterator[tuple[slice, Tensor]]:

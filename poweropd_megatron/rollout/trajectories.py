@@ -4,7 +4,7 @@ Shapes: B sequences, T tokens of the longest sequence (prompt and response), rig
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -58,6 +58,15 @@ class Trajectories:
             truncated_mass_BT=stacked("truncated_mass_BT"),
             weight_version=parts[0].weight_version,
         )
+
+    def part(self, rows: slice) -> "Trajectories":
+        """Return some of the sequences, as wide as all."""
+        tensors = {
+            field.name: getattr(self, field.name)[rows]
+            for field in fields(self)
+            if field.name != "weight_version"
+        }
+        return Trajectories(**tensors, weight_version=self.weight_version)
 
     @property
     def num_sequences(self) -> int:

@@ -4,6 +4,8 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from poweropd_megatron.config.objective import KINDS
+
 MISSING = "-"
 
 _MEASURES = {
@@ -11,13 +13,6 @@ _MEASURES = {
     "response_length": "mean length (tokens)",
     "eos_rate": "ended with EOS",
     "truncation_rate": "truncated",
-}
-
-_OBJECTIVE_PARAMETERS: dict[str, tuple[str, ...]] = {
-    "power": ("alpha",),
-    "box_cox": ("alpha",),
-    "clip": ("clip_low", "clip_high"),
-    "tanh": ("tau",),
 }
 
 
@@ -47,8 +42,10 @@ def ordered_measures(names: Iterable[str]) -> list[str]:
 def objective_label(objective: Mapping[str, Any]) -> str:
     """Return the reward and its parameters in words, from the settings under `objective`."""
     kind = str(objective.get("kind", "objective not recorded"))
-    names = [name for name in _OBJECTIVE_PARAMETERS.get(kind, ()) if name in objective]
-    parameters = [f"{name} {objective[name]:g}" for name in names]
+    known = KINDS[kind].settings if kind in KINDS else ()
+    parameters = [f"{name} {objective[name]:g}" for name in known if name in objective]
+    if objective.get("reward_normalization", "none") != "none":
+        parameters.append(f"by {objective['reward_normalization']}")
     return ", ".join([kind, *parameters]).replace("_", "-")
 
 

@@ -7,7 +7,7 @@ from poweropd_megatron.checkpoint.store import CheckpointStore
 from poweropd_megatron.config.schema import TrainConfig
 from poweropd_megatron.data.prompts import PromptStream
 from poweropd_megatron.objectives.labels import Labels, label
-from poweropd_megatron.objectives.rewards import Reward
+from poweropd_megatron.objectives.rewards import BatchReward, Reward
 from poweropd_megatron.rollout.engine import RolloutEngine
 from poweropd_megatron.rollout.sampling import Sampling
 from poweropd_megatron.rollout.trajectories import Trajectories
@@ -38,7 +38,7 @@ class Run:
     student: Student
     teacher: Teacher
     teacher_eos_id: int
-    reward: Reward
+    reward: Reward | BatchReward
     evaluator: Evaluator
     state: RunState
     checkpoints: CheckpointStore
@@ -57,7 +57,7 @@ def train(run: Run, *, first_step: int) -> None:
             run.recorder.phase("student")
             outcome = run.student.update(trajectories, labels, teacher_logp_BT, run.reward)
 
-        facts = (trajectories, labels, teacher_logp_BT, outcome, run.reward)
+        facts = (trajectories, labels, teacher_logp_BT, outcome)
         batchings = {"student": run.student.batching, "teacher": run.teacher.batching}
         lengths_B = trajectories.total_lengths_B.tolist()
         run.recorder.tell_of_oversized(step, batchings, lengths_B)
@@ -67,7 +67,7 @@ def train(run: Run, *, first_step: int) -> None:
                 evaluation = evaluate(run, step)
         run.recorder.step(
             step,
-            step_metrics(*facts)
+            step_metrics(*facts, ratio=run.student.ratio)
             | padding_metrics(batchings, lengths_B, num_parts=config.rollout.num_parts)
             | speed_metrics(clock.read(), trajectories)
             | run.teacher.read_cost(),
@@ -127,8 +127,14 @@ def _generate_and_score(run: Run, step: int, clock: Clock) -> tuple[Trajectories
 
 
 def _label(run: Run, trajectories: Trajectories) -> Labels:
-    terminal = run.config.objective.terminal
-    return label(trajectories, terminal, teacher_eos_id=run.teacher_eos_id)
+    objective = run.config.objective
+    return label(
+        trajectories,
+        objective.terminal,
+        teacher_eos_id=run.teacher_eos_id,
+        first_percent=objective.window_first_percent,
+        after_tokens=objective.window_after_tokens,
+    )
 
 
 def _next_prompts(run: Run) -> list[tuple[int, ...]]:

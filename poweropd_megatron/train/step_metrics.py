@@ -18,12 +18,16 @@ from poweropd_megatron.objectives.diagnostics import (
     reward_metrics,
     reward_surface,
 )
-from poweropd_megatron.objectives.labels import Labels
+from poweropd_megatron.objectives.importance import (
+    ImportanceRatio,
+    importance_metrics,
+    log_ratios,
+)
+from poweropd_megatron.objectives.labels import Labels, drawn
 from poweropd_megatron.objectives.loss import policy_gradient_loss
-from poweropd_megatron.objectives.rewards import Reward
 from poweropd_megatron.rollout.trajectories import FINISH_STOP, Trajectories
 from poweropd_megatron.train.batching import Batching
-from poweropd_megatron.train.student import StudentOutcome
+from poweropd_megatron.train.student_outcome import StudentOutcome
 
 TRAINING_PHASES = ("rollout", "teacher", "student")
 
@@ -33,28 +37,33 @@ def step_metrics(
     labels: Labels,
     teacher_logp_BT: Tensor,
     outcome: StudentOutcome,
-    reward: Reward,
+    *,
+    ratio: ImportanceRatio | None,
 ) -> dict[str, float]:
     """Return the metrics of a step, but for its times, under the names of metrics.jsonl.
 
     reward/terminal_mean, of the EOS that ended responses, is left out where none is in the loss.
-    rollout/logp_gap is the largest |log p_S - log p_behaviour|: rounding, unless the sampling
-    distribution isn't the one that is scored (temperature, top-p, top-k), which
-    rollout/truncated_mass quantifies.
+    rollout/logp_gap is the largest |log p_S - log p_behaviour|, rollout/logp_difference their mean:
+    rounding, unless the sampling distribution isn't the one that is scored (temperature, top-p,
+    top-k), which rollout/truncated_mass quantifies, or the student has learned since. With an
+    importance ratio, see importance_metrics.
     """
     mask_BT = labels.mask_BT
     teacher_logp_N, student_logp_N = teacher_logp_BT[mask_BT], outcome.logp_BT[mask_BT]
-    reward_N = reward(teacher_logp_N, student_logp_N)
+    reward_N = outcome.reward(teacher_logp_N, student_logp_N)
+    weight_N = 1.0 if outcome.weight_BT is None else outcome.weight_BT[mask_BT]
+    loss = policy_gradient_loss(student_logp_N, weight_N * reward_N)
     num_tokens = len(reward_N)
     response_BT = trajectories.response_mask_BT
-    as_drawn_BT = mask_BT & (labels.student_BT == trajectories.token_ids_BT)
-    gap_N = (outcome.logp_BT - trajectories.behaviour_logp_BT)[as_drawn_BT].abs()
+    is_drawn_BT = drawn(trajectories, labels)
+    log_ratio_BT = log_ratios(outcome.logp_BT, trajectories.behaviour_logp_BT, is_drawn_BT)
+    gap_N = log_ratio_BT[is_drawn_BT].abs()
     lengths_B = trajectories.response_lengths_B
     of_rewards = reward_metrics(reward_N, teacher_logp_N, student_logp_N)
     terminal_N = reward_N[trajectories.terminal_mask_BT[mask_BT]]
     eos_rate = float((trajectories.finish_B == FINISH_STOP).float().mean())
     return {
-        "loss": float(policy_gradient_loss(student_logp_N, reward_N)) / max(num_tokens, 1),
+        "loss": float(loss) / max(num_tokens, 1),
         "grad_norm": outcome.grad_norm,
         "learning_rate": outcome.learning_rate,
         "grad_norm_per_reward": outcome.grad_norm / (of_rewards["reward/rms"] or math.inf),
@@ -67,6 +76,8 @@ def step_metrics(
         "rollout/truncation_rate": 1 - eos_rate,
         "rollout/truncated_mass": float(trajectories.truncated_mass_BT[response_BT].mean()),
         "rollout/logp_gap": float(gap_N.max()) if len(gap_N) else 0.0,
+        "rollout/logp_difference": float(gap_N.mean()) if len(gap_N) else 0.0,
+        **({} if ratio is None else importance_metrics(log_ratio_BT, is_drawn_BT, ratio)),
         "num_tokens": num_tokens,
     }
 
@@ -113,10 +124,9 @@ def step_diagnostics(
     labels: Labels,
     teacher_logp_BT: Tensor,
     outcome: StudentOutcome,
-    reward: Reward,
 ) -> dict[str, Any]:
     """Return a record of diagnostics.jsonl: the rewards by position, magnitude and (p_T, p_S)."""
-    reward_BT = reward(teacher_logp_BT, outcome.logp_BT)
+    reward_BT = outcome.reward(teacher_logp_BT, outcome.logp_BT)
     mask_BT = labels.mask_BT
     return {
         "reward_by_position": reward_by_position(reward_BT, mask_BT, trajectories.prompt_lengths_B),
@@ -124,5 +134,5 @@ def step_diagnostics(
         "reward_map": reward_map(
             reward_BT[mask_BT], teacher_logp_BT[mask_BT], outcome.logp_BT[mask_BT]
         ),
-        "reward_surface": reward_surface(reward),
+        "reward_surface": reward_surface(outcome.reward),
     }

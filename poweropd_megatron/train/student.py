@@ -1,54 +1,36 @@
 """The student: weights, Megatron's DDP and optimizer, and the policy-gradient step.
 
-Shapes: B sequences, T tokens, N tokens of a micro-batch in the loss.
+Shapes: B sequences, T tokens, N tokens of the batch in the loss.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import partial
-from typing import Any
-
 import torch
-import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from poweropd_megatron.config.schema import TrainConfig
 from poweropd_megatron.models.build import TORCH_DTYPES, build_model
 from poweropd_megatron.models.finite import check_finite
-from poweropd_megatron.models.megatron_settings import fields_of
 from poweropd_megatron.models.model_config import ModelConfig
-from poweropd_megatron.models.scoring import RewardedTokens, policy_gradient_of_chosen
+from poweropd_megatron.objectives.importance import build_importance_ratio
 from poweropd_megatron.objectives.labels import Labels
-from poweropd_megatron.objectives.rewards import Reward
-from poweropd_megatron.ops.fused_policy_gradient import PolicyGradient
+from poweropd_megatron.objectives.rewards import BatchReward, Reward
+from poweropd_megatron.objectives.weights import weigh_tokens
 from poweropd_megatron.parallel.layout import Layout
 from poweropd_megatron.parallel.world import share_rows, told_by_first_rank
 from poweropd_megatron.rollout.trajectories import Trajectories
 from poweropd_megatron.train.batching import Batching
 from poweropd_megatron.train.ddp import finish_param_gather, start_param_gather, wrap
+from poweropd_megatron.train.forward_step import ForwardStep, MicroBatchResult
 from poweropd_megatron.train.microbatches import MicroBatch, cut_batch, rows_of
+from poweropd_megatron.train.score_tokens import score_tokens
+from poweropd_megatron.train.student_optimizer import build_optimizer, join_building_of_optimizer
+from poweropd_megatron.train.student_outcome import StudentOutcome, join_outcomes
 
 _ADVICE = (
     "the weights were not changed. Lower optimizer.lr, set optimizer.clip_grad, or try "
     "objective.kind = 'power'"
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class StudentOutcome:
-    """What one update did, the same on every rank.
-
-    Shapes: logp_BT and entropy_BT fp32 on the CPU, 0 outside the loss.
-    """
-
-    logp_BT: Tensor
-    entropy_BT: Tensor
-    grad_norm: float
-    learning_rate: float
 
 
 class Student:
@@ -64,7 +46,9 @@ class Student:
         """
         self.layout = layout
         self.vocab_size = model.vocab_size
-        self._head = config.objective.head
+        self._objective = config.objective
+        self.ratio = build_importance_ratio(config.objective)
+        self._mini_batch_size = config.mini_batch_size
         self._logits_dtype = TORCH_DTYPES[config.objective.logits_dtype]
         self.chunks = build_model(
             model,
@@ -85,10 +69,10 @@ class Student:
         self._ddps: list[DistributedDataParallel] = []
         if layout.holds_model:
             self._ddps = wrap(self.chunks, config)
-            self.optimizer, self.schedule = _build_optimizer(config, self._ddps)
+            self.optimizer, self.schedule = build_optimizer(config, self._ddps)
             start_param_gather(self._ddps)
         else:
-            _join_building_of_optimizer()
+            join_building_of_optimizer()
 
     def finish_param_gather(self) -> None:
         """Wait for the weights that are still on their way; before they are saved or replaced."""
@@ -99,37 +83,85 @@ class Student:
         trajectories: Trajectories,
         labels: Labels,
         teacher_logp_BT: Tensor,
-        reward: Reward,
+        reward: Reward | BatchReward,
     ) -> StudentOutcome:
-        """Return the outcome of one forward, backward and optimizer step over the whole batch.
+        """Return the outcome of learning from a batch, in an optimizer step for each mini-batch.
 
         Called by all ranks of the job; those without the student only learn what came of it.
-        log p_S comes out of the forward that is differentiated, so the reward is never stale. Each
-        rank works on its data-parallel share; the gradient is that of the mean over all tokens in
-        the loss of the global batch.
+        log p_S comes out of the forward that is differentiated, so the reward is never stale; only
+        the statistics of a BatchReward are of a forward before, of the whole batch. Each rank works
+        on its data-parallel share; the gradient is that of the mean over all tokens in the loss of
+        the mini-batch, or of the means that objective.loss_normalization asks for.
         Raises: NonFiniteError on every rank, before the weights change, if a log-prob or the
         gradient isn't finite.
         """
-        holds_model = self.layout.holds_model
-        micro_batches: list[MicroBatch] = []
-        results: list[tuple[MicroBatch, PolicyGradient]] = []
-        if holds_model:
-            micro_batches = cut_batch(
-                trajectories,
-                labels.mask_BT,
-                self.batching,
-                dp_rank=self.layout.dp_rank,
-                cp_rank=self.layout.cp_rank,
+        mask_BT = labels.mask_BT
+        if isinstance(reward, BatchReward):
+            logp_BT = self.score(trajectories, labels)
+            reward = reward.fit(teacher_logp_BT[mask_BT], logp_BT[mask_BT])
+        size = self._mini_batch_size or trajectories.num_sequences
+        steps = [
+            self._step(trajectories.part(rows), labels.part(rows), teacher_logp_BT[rows], reward)
+            for rows in (
+                slice(start, start + size) for start in range(0, trajectories.num_sequences, size)
             )
+        ]
+        return join_outcomes(steps)
+
+    def score(self, trajectories: Trajectories, labels: Labels) -> Tensor:
+        """Return log p_S of each label in the loss, [B, T] fp32 on the CPU of every rank.
+
+        Called by all ranks of the job. Cost: a forward without gradients; one all_reduce of the
+        result.
+        Raises: NonFiniteError on every rank.
+        """
+        micro_batches = self._cut(trajectories, labels)
+        own_BT = score_tokens(
+            self.chunks,
+            self.layout,
+            micro_batches,
+            labels.student_BT,
+            vocab_size=self.vocab_size,
+            logits_dtype=self._logits_dtype,
+        )
+        logp_BT = self._shared(own_BT[None], rows_of(micro_batches))[0]
+        check_finite("log-probs of the student", logp_BT, _ADVICE)
+        return logp_BT
+
+    def _step(
+        self,
+        trajectories: Trajectories,
+        labels: Labels,
+        teacher_logp_BT: Tensor,
+        reward: Reward,
+    ) -> StudentOutcome:
+        """Return the outcome of one forward, backward and optimizer step over all sequences."""
+        holds_model = self.layout.holds_model
+        plan = self.batching.plan(trajectories.total_lengths_B.tolist())
+        weights = weigh_tokens(
+            trajectories,
+            labels,
+            normalization=self._objective.loss_normalization,
+            micro_batches=[rows for packs in plan for rows in packs],
+            ratio=self.ratio,
+            score=self.score,
+        )
+        micro_batches = self._cut(trajectories, labels)
+        results: list[MicroBatchResult] = []
+        if holds_model:
             for ddp in self._ddps:
                 ddp.zero_grad_buffer()
             self.optimizer.zero_grad()
             results = get_forward_backward_func()(
-                forward_step_func=partial(
-                    self._forward_step,
+                forward_step_func=ForwardStep(
+                    layout=self.layout,
+                    vocab_size=self.vocab_size,
+                    logits_dtype=self._logits_dtype,
+                    head=self._objective.head,
                     labels=labels,
                     teacher_logp_BT=teacher_logp_BT,
                     reward=reward,
+                    weights=weights,
                 ),
                 data_iterator=[iter(micro_batches) for _ in self._ddps],
                 model=self._ddps,
@@ -137,9 +169,25 @@ class Student:
                 seq_length=trajectories.token_ids_BT.shape[1],
                 micro_batch_size=self.batching.micro_batch_size,
             )
-        rows = rows_of(micro_batches)
-        logp_BT, entropy_BT = self._collect(results, rows, trajectories.token_ids_BT.shape)
+        own_2BT = torch.zeros(2, *labels.mask_BT.shape)
+        for micro_batch, result in results:
+            micro_batch.put(own_2BT[0], result.logp_N)
+            micro_batch.put(own_2BT[1], result.entropy_N)
+        logp_BT, entropy_BT = self._shared(own_2BT, rows_of(micro_batches))
         check_finite("log-probs of the student", logp_BT, _ADVICE)
+        grad_norm, learning_rate = self._take_step()
+        return StudentOutcome(
+            logp_BT=logp_BT,
+            entropy_BT=entropy_BT,
+            grad_norm=grad_norm,
+            learning_rate=learning_rate,
+            reward=reward,
+            weight_BT=None if weights is None else weights(slice(None), logp_BT),
+        )
+
+    def _take_step(self) -> tuple[float, float]:
+        """Return the gradient's norm and the learning rate, after the step of the optimizer."""
+        holds_model = self.layout.holds_model
         facts = torch.zeros(2, dtype=torch.float64)
         if holds_model:
             self.optimizer.prepare_grads()
@@ -151,122 +199,27 @@ class Student:
             self.optimizer.step()
             start_param_gather(self._ddps)
             self.schedule.step(increment=1)
-        return StudentOutcome(
-            logp_BT=logp_BT,
-            entropy_BT=entropy_BT,
-            grad_norm=float(grad_norm),
-            learning_rate=float(learning_rate),
+        return float(grad_norm), float(learning_rate)
+
+    def _cut(self, trajectories: Trajectories, labels: Labels) -> list[MicroBatch]:
+        """Return this rank's micro-batches; none on ranks without the student."""
+        if not self.layout.holds_model:
+            return []
+        return cut_batch(
+            trajectories,
+            labels.mask_BT,
+            self.batching,
+            dp_rank=self.layout.dp_rank,
+            cp_rank=self.layout.cp_rank,
         )
 
-    def _forward_step(
-        self,
-        micro_batches: Iterator[MicroBatch],
-        ddp: DistributedDataParallel,
-        *,
-        labels: Labels,
-        teacher_logp_BT: Tensor,
-        reward: Reward,
-    ) -> tuple[Any, Any]:
-        """Return the model's output and its loss function, as Megatron's schedules ask for them."""
-        micro_batch = next(micro_batches)
-        chosen = micro_batch.chosen(
-            labels.student_BT,
-            vocab_size=self.vocab_size,
-            tp_group=self.layout.groups.tp,
-            logits_dtype=self._logits_dtype,
-            device=self.layout.device,
-        )
-        teacher_logp_N = micro_batch.cut(teacher_logp_BT)[micro_batch.mask_RS]
-        output = ddp(
-            input_ids=micro_batch.token_ids_RS.to(self.layout.device),
-            position_ids=None,
-            attention_mask=None,
-            packed_seq_params=micro_batch.packed_seq_params,
-            output_processor=policy_gradient_of_chosen,
-            output_processor_context=RewardedTokens(
-                chosen=chosen,
-                teacher_logp_N=teacher_logp_N.to(self.layout.device),
-                reward=reward,
-                head=self._head,
-            ),
-        )
-
-        def loss(
-            result: PolicyGradient,
-        ) -> tuple[Tensor, Tensor, tuple[MicroBatch, PolicyGradient]]:
-            num_tokens = torch.tensor(
-                len(result.logp_N), dtype=torch.int, device=result.logp_N.device
-            )
-            return result.loss, num_tokens, (micro_batch, result)
-
-        return output, loss
-
-    def _collect(
-        self,
-        results: list[tuple[MicroBatch, PolicyGradient]],
-        rows: Tensor,
-        shape: torch.Size,
-    ) -> tuple[Tensor, Tensor]:
-        """Return log-probs and entropies of the whole batch, on every rank."""
-        both = torch.zeros(2, *shape)
-        for micro_batch, result in results:
-            micro_batch.put(both[0], result.logp_N)
-            micro_batch.put(both[1], result.entropy_N)
+    def _shared(self, own_KBT: Tensor, rows: Tensor) -> Tensor:
+        """Return per-token values of the whole batch on every rank, from each rank's rows."""
         shared = share_rows(
-            both[:, rows].transpose(0, 1),
+            own_KBT[:, rows].transpose(0, 1),
             rows,
-            (shape[0], 2, shape[1]),
+            (own_KBT.shape[1], len(own_KBT), own_KBT.shape[2]),
             speaks=self.layout.speaks_for_model,
             device=self.layout.device,
         )
-        return shared[:, 0], shared[:, 1]
-
-
-def _join_building_of_optimizer() -> None:
-    """Take part, without weights, in what get_megatron_optimizer exchanges among all ranks.
-
-    megatron-core 0.19.2 makes parameter groups alike over the whole job: those of the weights
-    outside experts, then those of experts.
-    """
-    for _ in range(2):
-        groups: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(groups, [])
-
-
-def _build_optimizer(
-    config: TrainConfig, ddps: list[DistributedDataParallel]
-) -> tuple[Any, OptimizerParamScheduler]:
-    settings = config.optimizer
-    optimizer = get_megatron_optimizer(
-        OptimizerConfig(
-            optimizer="adam",
-            lr=settings.lr,
-            min_lr=settings.min_lr,
-            weight_decay=settings.weight_decay,
-            adam_beta1=settings.adam_beta1,
-            adam_beta2=settings.adam_beta2,
-            adam_eps=settings.adam_eps,
-            clip_grad=settings.clip_grad,
-            bf16=config.student.dtype == "bf16",
-            params_dtype=TORCH_DTYPES[config.student.dtype],
-            use_distributed_optimizer=settings.use_distributed_optimizer,
-            **fields_of(OptimizerConfig, config.student.megatron),
-        ),
-        ddps,
-    )
-    schedule = OptimizerParamScheduler(
-        optimizer,
-        init_lr=0.0,
-        max_lr=settings.lr,
-        min_lr=settings.min_lr,
-        lr_warmup_steps=settings.lr_warmup_iters,
-        lr_decay_steps=settings.lr_decay_iters or config.train_steps,
-        lr_decay_style=settings.lr_decay_style,
-        start_wd=settings.weight_decay,
-        end_wd=settings.weight_decay,
-        wd_incr_steps=0,
-        wd_incr_style="constant",
-        use_checkpoint_opt_param_scheduler=False,
-        override_opt_param_scheduler=True,
-    )
-    return optimizer, schedule
+        return shared.transpose(0, 1)

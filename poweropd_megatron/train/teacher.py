@@ -15,14 +15,13 @@ from poweropd_megatron.models.build import TORCH_DTYPES, build_model
 from poweropd_megatron.models.finite import check_finite
 from poweropd_megatron.models.model_config import ModelConfig
 from poweropd_megatron.models.offload import OffloadedParameters
-from poweropd_megatron.models.scoring import score_chosen
 from poweropd_megatron.objectives.labels import Labels
 from poweropd_megatron.parallel.layout import Layout
-from poweropd_megatron.parallel.pipeline import forward_stage
 from poweropd_megatron.parallel.world import largest, share_rows
 from poweropd_megatron.rollout.trajectories import Trajectories
 from poweropd_megatron.train.batching import Batching
 from poweropd_megatron.train.microbatches import MicroBatch, cut_batch, rows_of
+from poweropd_megatron.train.score_tokens import score_tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +84,6 @@ class Teacher:
         copy of the weights to the device unless they are there.
         """
         layout = self._layout
-        logp_BT = torch.zeros(trajectories.token_ids_BT.shape)
         micro_batches: list[MicroBatch] = []
         start = time.perf_counter()
         if layout.holds_model:
@@ -98,23 +96,14 @@ class Teacher:
                 dp_rank=layout.dp_rank,
                 cp_rank=layout.cp_rank,
             )
-        for micro_batch in micro_batches:
-            logp_N = forward_stage(
-                self.chunks,
-                layout,
-                micro_batch.token_ids_RS,
-                packed_seq_params=micro_batch.packed_seq_params,
-                output_processor=score_chosen,
-                context=micro_batch.chosen(
-                    labels.teacher_BT,
-                    vocab_size=self._vocab_size,
-                    tp_group=layout.groups.tp,
-                    logits_dtype=self._logits_dtype,
-                    device=layout.device,
-                ),
-            )
-            if logp_N is not None:
-                micro_batch.put(logp_BT, logp_N)
+        logp_BT = score_tokens(
+            self.chunks,
+            layout,
+            micro_batches,
+            labels.teacher_BT,
+            vocab_size=self._vocab_size,
+            logits_dtype=self._logits_dtype,
+        )
         self._busy_seconds += time.perf_counter() - start
         return OwnScores(logp_BT=logp_BT, rows=rows_of(micro_batches))
 

@@ -28,13 +28,14 @@ from poweropd_megatron.config.schema import (
 from poweropd_megatron.models.families import read_model_config
 from poweropd_megatron.models.model_config import ModelConfig
 from poweropd_megatron.objectives.labels import Labels, label
-from poweropd_megatron.objectives.rewards import power_reward
+from poweropd_megatron.objectives.sampled.power import power_reward
 from poweropd_megatron.parallel import cpu_device
 from poweropd_megatron.parallel.layout import student_layout, teacher_layout
 from poweropd_megatron.rollout.megatron_engine import MegatronRolloutEngine
 from poweropd_megatron.rollout.sampling import Sampling
 from poweropd_megatron.rollout.trajectories import Trajectories
-from poweropd_megatron.train.student import Student, StudentOutcome
+from poweropd_megatron.train.student import Student
+from poweropd_megatron.train.student_outcome import StudentOutcome
 from poweropd_megatron.train.teacher import Teacher
 
 NUM_UPDATES = 3

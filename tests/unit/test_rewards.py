@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from poweropd_megatron.config.schema import ObjectiveConfig
-from poweropd_megatron.objectives.rewards import build_reward, log_ratio_reward, power_reward
+from poweropd_megatron.objectives.rewards import build_reward
+from poweropd_megatron.objectives.sampled.log_ratio import log_ratio_reward
+from poweropd_megatron.objectives.sampled.power import power_reward
 
 mpmath.mp.dps = 80
 

@@ -5,9 +5,9 @@ import torch
 from support import made_trajectories
 
 from poweropd_megatron.objectives.labels import label
-from poweropd_megatron.objectives.rewards import log_ratio_reward
+from poweropd_megatron.objectives.sampled.log_ratio import log_ratio_reward
 from poweropd_megatron.train.step_metrics import speed_metrics, step_metrics
-from poweropd_megatron.train.student import StudentOutcome
+from poweropd_megatron.train.student_outcome import StudentOutcome
 
 EOS, TEACHER_EOS = 1, 0
 
@@ -20,9 +20,13 @@ def test_the_log_prob_gap_is_of_the_tokens_that_were_drawn(terminal):
     logp_BT[0, 1] = -0.25
     logp_BT[0, 3] = -20.0 if terminal == "im_end" else -0.125
     outcome = StudentOutcome(
-        logp_BT=logp_BT, entropy_BT=torch.zeros_like(logp_BT), grad_norm=1.0, learning_rate=1.0
+        logp_BT=logp_BT,
+        entropy_BT=torch.zeros_like(logp_BT),
+        grad_norm=1.0,
+        learning_rate=1.0,
+        reward=log_ratio_reward,
     )
-    metrics = step_metrics(trajectories, labels, logp_BT, outcome, log_ratio_reward)
+    metrics = step_metrics(trajectories, labels, logp_BT, outcome, ratio=None)
     assert metrics["rollout/logp_gap"] == 0.25
     assert metrics["num_tokens"] == (4 if terminal == "mask" else 5)
 
@@ -43,9 +47,13 @@ def test_the_reward_of_endings_is_of_those_in_the_loss_and_the_norm_is_by_the_re
     generator = torch.Generator().manual_seed(0)
     teacher_BT, student_BT = -torch.rand(2, *labels.mask_BT.shape, generator=generator)
     outcome = StudentOutcome(
-        logp_BT=student_BT, entropy_BT=student_BT, grad_norm=3.0, learning_rate=1.0
+        logp_BT=student_BT,
+        entropy_BT=student_BT,
+        grad_norm=3.0,
+        learning_rate=1.0,
+        reward=log_ratio_reward,
     )
-    metrics = step_metrics(trajectories, labels, teacher_BT, outcome, log_ratio_reward)
+    metrics = step_metrics(trajectories, labels, teacher_BT, outcome, ratio=None)
     reward = (teacher_BT - student_BT).double()
     if terminal == "mask":
         assert "reward/terminal_mean" not in metrics
@@ -60,6 +68,12 @@ def test_without_rewards_the_norm_by_their_scale_is_0():
     trajectories = made_trajectories.make([([5], [7, 8, EOS])], eos=EOS)
     labels = label(trajectories, "raw", teacher_eos_id=TEACHER_EOS)
     logp_BT = torch.zeros(labels.mask_BT.shape)
-    outcome = StudentOutcome(logp_BT=logp_BT, entropy_BT=logp_BT, grad_norm=0.0, learning_rate=1.0)
-    metrics = step_metrics(trajectories, labels, logp_BT, outcome, log_ratio_reward)
+    outcome = StudentOutcome(
+        logp_BT=logp_BT,
+        entropy_BT=logp_BT,
+        grad_norm=0.0,
+        learning_rate=1.0,
+        reward=log_ratio_reward,
+    )
+    metrics = step_metrics(trajectories, labels, logp_BT, outcome, ratio=None)
     assert metrics["grad_norm_per_reward"] == 0.0
