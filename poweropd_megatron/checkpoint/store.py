@@ -68,16 +68,9 @@ class CheckpointStore:
         names = {file.name for file in partial.iterdir()}
         if names != set(digests):
             raise CheckpointError(f"{partial} holds {sorted(names)}, hashed were {sorted(digests)}")
-        files = {
-            name: {"bytes": (partial / name).stat().st_size, "sha256": digests[name]}
-            for name in sorted(names)
-        }
         final = self.path(step)
         try:
-            with (partial / MANIFEST_NAME).open("w", encoding="utf-8") as file:
-                json.dump({"step": step, "files": files}, file, indent=1)
-                file.flush()
-                os.fsync(file.fileno())
+            write_manifest(partial, digests, step=step)
             _fsync_folder(partial)
             partial.rename(final)
             _fsync_folder(self.root)
@@ -103,6 +96,21 @@ def digest(path: Path) -> str:
     """Return the SHA-256 of a file's content."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_manifest(folder: Path, digests: dict[str, str], **facts: object) -> None:
+    """Write the manifest of a folder's files, given the SHA-256 of each, and bring it to the disk.
+
+    Raises: OSError.
+    """
+    files = {
+        name: {"bytes": (folder / name).stat().st_size, "sha256": digests[name]}
+        for name in sorted(digests)
+    }
+    with (folder / MANIFEST_NAME).open("w", encoding="utf-8") as file:
+        json.dump(facts | {"files": files}, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def read_manifest(checkpoint: Path) -> dict[str, dict[str, object]]:

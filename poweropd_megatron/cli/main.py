@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from poweropd_megatron import __version__, interruption
+from poweropd_megatron.cli import convert
 from poweropd_megatron.environment import check_rank_variables, speaks_for_node, world_size
 from poweropd_megatron.errors import EXIT_CODE_BAD_INPUT, UserError
 
@@ -79,6 +80,7 @@ def _parser() -> argparse.ArgumentParser:
         help="where to write; by default RUN/report.html, or comparison.html here for several",
     )
     report.set_defaults(run=_report)
+    convert.add_parser(commands)
     return parser
 
 

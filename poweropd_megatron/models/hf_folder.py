@@ -50,7 +50,7 @@ class HFFolder:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a tensor without reading it."""
-        with self._open(self._file(name)) as file:
+        with self._open(self.file(name)) as file:
             return tuple(file.get_slice(name).get_shape())
 
     def read(self, name: str, *, dim: int = 0, start: int = 0, length: int | None = None) -> Any:
@@ -58,13 +58,14 @@ class HFFolder:
 
         Raises: InputError if the tensor is absent or its file is truncated.
         """
-        with self._open(self._file(name)) as file:
+        with self._open(self.file(name)) as file:
             if length is None:
                 return file.get_tensor(name)
             index = (slice(None),) * dim + (slice(start, start + length),)
             return file.get_slice(name)[index]
 
-    def _file(self, name: str) -> Path:
+    def file(self, name: str) -> Path:
+        """Return the file that holds a tensor. Raises: InputError if there is no such tensor."""
         if name not in self._file_of:
             raise InputError(f"{self.setting}: {self.path} has no tensor {name}")
         return self.path / self._file_of[name]

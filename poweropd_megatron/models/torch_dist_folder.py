@@ -1,6 +1,7 @@
 """A torch_dist folder read tensor by tensor: no process group, no model, any writer's layout."""
 
 import pickle
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
+    MetadataIndex,
     TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
@@ -19,6 +21,18 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from poweropd_megatron.errors import InputError
 
 METADATA_NAME = ".metadata"
+
+
+@dataclass(frozen=True)
+class StoredPiece:
+    """A part of a global tensor, which torch.save wrote into a file."""
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    path: Path
+    position: int
+    length: int
+    """Where in the file, and how many bytes there."""
 
 
 class TorchDistFolder:
@@ -65,6 +79,27 @@ class TorchDistFolder:
     def dtype(self, key: str) -> torch.dtype:
         """Return the type of a tensor."""
         return self._tensor(key).properties.dtype
+
+    def pieces(self, key: str) -> list[StoredPiece]:
+        """Return the parts that a tensor is stored in.
+
+        Raises: InputError if there is no such tensor, or it is stored compressed.
+        """
+        found = []
+        for number, chunk in enumerate(self._tensor(key).chunks):
+            place = self._metadata.storage_data[MetadataIndex(key, chunk.offsets, number)]
+            if place.transform_descriptors:
+                raise InputError(
+                    f"{self.setting}: {self.path} stores {key} as {place.transform_descriptors}, "
+                    "expected plain tensors"
+                )
+            path = self.path / place.relative_path
+            found.append(
+                StoredPiece(
+                    tuple(chunk.offsets), tuple(chunk.sizes), path, place.offset, place.length
+                )
+            )
+        return found
 
     def read(self, key: str, index: tuple[int, ...] = ()) -> Tensor:
         """Return stored[index]: a layer's or an expert's part of a tensor, or all of it.
