@@ -94,7 +94,16 @@ RANGES: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
         ("objective.ratio_low", "optimizer.adam_beta1", "optimizer.adam_beta2"),
     ),
     "greater than 1 and finite": (lambda value: 1 < value < math.inf, ("objective.ratio_high",)),
-    "not empty": (bool, ("output_dir", "student.path", "teacher.path", "data.train_files")),
+    "not empty": (
+        bool,
+        (
+            "output_dir",
+            "student.path",
+            "teacher.path",
+            "data.train_files",
+            "telemetry.wandb_project",
+        ),
+    ),
 }
 """Each range in words, its test, and the settings that it holds for."""
 

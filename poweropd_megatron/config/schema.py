@@ -205,6 +205,15 @@ class TelemetryConfig:
     """Steps between records of reward by position and over (p_T, p_S) for the report."""
     num_logged_samples: int = 8
     """Responses kept from each evaluation for the report."""
+    tensorboard: bool = False
+    """Write the metrics for TensorBoard, too, under output_dir/tensorboard
+    (pip install 'poweropd_megatron[tensorboard]')."""
+    wandb: Literal["off", "auto", "offline"] = "off"
+    """Give the metrics to Weights & Biases, too (pip install 'poweropd_megatron[wandb]'). auto
+    sends them if wandb has an API key; else, and with offline, they are kept under
+    output_dir/wandb for `wandb sync`."""
+    wandb_project: str = "poweropd"
+    """Project of W&B's that the run belongs to."""
 
 
 @dataclass(kw_only=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from poweropd_megatron.errors import ConfigError
-from poweropd_megatron.telemetry import overlay
+from poweropd_megatron.telemetry import overlay, reward_figures
 from poweropd_megatron.telemetry.groups import (
     Estimate,
     RunGroup,
@@ -201,6 +201,7 @@ def _sections(groups: Sequence[RunGroup]) -> list[tuple[str, list[Figure]]]:
     curves = [group.curve for group in groups]
     sections = {"Accuracy": accuracies} | _SECTIONS
     drawn = [(title, _draw(curves, figures)) for title, figures in sections.items()]
+    drawn.append(("Rewards at the end", _reward_figures(groups)))
     return [(title, figures) for title, figures in drawn if figures]
 
 
@@ -213,6 +214,24 @@ def _draw(groups: Sequence[overlay.Group], figures: Sequence[_Curve]) -> list[Fi
         if svg is not None:
             drawn.append(Figure(title, caption, svg))
     return drawn
+
+
+def _reward_figures(groups: Sequence[RunGroup]) -> list[Figure]:
+    named = [(group.label, group.runs[0].diagnostics) for group in groups]
+    figures = (
+        Figure(
+            "Rewards by magnitude",
+            "Last record of each first run. Both axes logarithmic; below 1e-6 counts as 0.",
+            reward_figures.reward_histograms(named),
+        ),
+        Figure(
+            "Reward by position in the response",
+            "Last record of each first run; each panel has its own scale.",
+            reward_figures.rewards_by_position(named),
+            wide=True,
+        ),
+    )
+    return [figure for figure in figures if figure.svg is not None]
 
 
 def _bare(evaluation: dict[str, Any]) -> list[str]:

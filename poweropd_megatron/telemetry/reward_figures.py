@@ -1,6 +1,7 @@
 """Figures of the rewards in the diagnostics: over positions, probabilities and magnitudes."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -8,33 +9,26 @@ from matplotlib.colors import CenteredNorm, ListedColormap, LogNorm, to_rgba
 from matplotlib.ticker import MaxNLocator, NullFormatter, NullLocator
 
 from poweropd_megatron.telemetry.axes import Records, Values, draw_legend, first_and_last
+from poweropd_megatron.telemetry.overlay import line_style
 from poweropd_megatron.telemetry.svg import GRID, MUTED, SERIES, SURFACE, WIDE, render
+
+MAX_COLUMNS = 3
+"""Panels beside one another."""
 
 
 def reward_by_position(diagnostics: Records) -> str | None:
     """Draw reward over the position in the response, for the first and the last record."""
-    records = [r for r in diagnostics if (r.get("reward_by_position") or {}).get("count")]
-    shown = first_and_last(records)
-    if not shown:
-        return None
+    records = [r for r in diagnostics if _has_positions(r)]
+    shown = [(f"step {record['step']}", record) for record in first_and_last(records)]
+    return _positions("reward-by-position", shown, WIDE, share_y=True) if shown else None
 
-    def plot(figure: Any) -> None:
-        panels = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
-        for axes, record in zip(panels, shown, strict=True):
-            bins = record["reward_by_position"]
-            edges = np.array(bins["edges"], dtype=float)
-            centre = (edges[:-1] + edges[1:] - 1) / 2
-            low, mean, high = (np.array(bins[key], dtype=float) for key in ("min", "mean", "max"))
-            style = {"color": SERIES[0], "alpha": 0.2, "linewidth": 0}
-            axes.fill_between(centre, low, high, label="min to max", **style)
-            axes.axhline(0, color=MUTED, linewidth=0.8)
-            axes.plot(centre, mean, color=SERIES[0], marker=".", label="mean")
-            axes.set(title=f"step {record['step']}", xlabel="token of the response")
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        panels[0].set_ylabel("reward")
-        draw_legend(panels[-1])
 
-    return render("reward-by-position", plot, WIDE)
+def rewards_by_position(named: Sequence[tuple[str, Records]]) -> str | None:
+    """Draw reward over the position in the response for several runs' last records, by name."""
+    records = [(name, [r for r in found if _has_positions(r)]) for name, found in named]
+    shown = [(name, found[-1]) for name, found in records if found]
+    height = 0.4 + 1.9 * math.ceil(len(shown) / MAX_COLUMNS)
+    return _positions("rewards-by-position", shown, (WIDE[0], height)) if shown else None
 
 
 def reward_map(diagnostics: Records) -> str | None:
@@ -79,25 +73,88 @@ def reward_map(diagnostics: Records) -> str | None:
 
 def reward_histogram(diagnostics: Records) -> str | None:
     """Draw the shares of rewards by sign and magnitude, of the first and the last record."""
-    records = [r for r in diagnostics if _histogram(r)[1].any()]
-    if not records:
-        return None
+    records = first_and_last([r for r in diagnostics if _histogram(r)[1].any()])
+    styles = ((SERIES[4], "-"), (SERIES[0], "-"))
+    lines = [
+        (f"step {record['step']}", record, *style)
+        for record, style in zip(records, styles, strict=False)
+    ]
+    return _histograms("reward-histogram", lines) if lines else None
+
+
+def reward_histograms(named: Sequence[tuple[str, Records]]) -> str | None:
+    """Draw the shares of rewards by sign and magnitude in several runs' last records."""
+    lines = [
+        (name, records[-1], *line_style(number))
+        for number, (name, records) in enumerate(named)
+        if records and _histogram(records[-1])[1].any()
+    ]
+    return _histograms("reward-histograms", lines, with_legend=False) if lines else None
+
+
+def _has_positions(record: Mapping[str, Any]) -> bool:
+    return bool((record.get("reward_by_position") or {}).get("count"))
+
+
+def _positions(
+    name: str,
+    shown: Sequence[tuple[str, Mapping[str, Any]]],
+    size: tuple[float, float],
+    *,
+    share_y: bool = False,
+) -> str:
+    """Return a panel for each titled record: the mean reward, and the range, by position."""
+
+    def plot(figure: Any) -> None:
+        columns = min(MAX_COLUMNS, len(shown))
+        rows = math.ceil(len(shown) / columns)
+        panels = figure.subplots(rows, columns, sharey=share_y, squeeze=False)
+        for axes, (title, record) in zip(panels.flat, shown, strict=False):
+            bins = record["reward_by_position"]
+            edges = np.array(bins["edges"], dtype=float)
+            centre = (edges[:-1] + edges[1:] - 1) / 2
+            low, mean, high = (np.array(bins[key], dtype=float) for key in ("min", "mean", "max"))
+            style = {"color": SERIES[0], "alpha": 0.2, "linewidth": 0}
+            axes.fill_between(centre, low, high, label="min to max", **style)
+            axes.axhline(0, color=MUTED, linewidth=0.8)
+            axes.plot(centre, mean, color=SERIES[0], marker=".", label="mean")
+            axes.set_title(title)
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        for axes in panels.flat[len(shown) :]:
+            axes.axis("off")
+        for axes in panels[:, 0]:
+            axes.set_ylabel("reward")
+        for axes in panels[-1]:
+            axes.set_xlabel("token of the response")
+        draw_legend(panels[0, 0])
+
+    return render(name, plot, size)
+
+
+def _histograms(
+    name: str,
+    lines: Sequence[tuple[str, Mapping[str, Any], str, Any]],
+    *,
+    with_legend: bool = True,
+) -> str:
+    """Return histograms of labelled records, each in a colour and dashes."""
 
     def plot(figure: Any) -> None:
         axes = figure.subplots()
-        for record, colour in zip(first_and_last(records), (SERIES[4], SERIES[0]), strict=False):
+        for label, record, colour, dashes in lines:
             edges, count = _histogram(record)
-            style = {"color": colour, "linewidth": 1.3, "baseline": None}
-            axes.stairs(100 * count / count.sum(), edges, label=f"step {record['step']}", **style)
+            style = {"color": colour, "linestyle": dashes, "linewidth": 1.3, "baseline": None}
+            axes.stairs(100 * count / count.sum(), edges, label=label, **style)
         axes.set_xscale("symlog", linthresh=edges[len(edges) // 2], linscale=0.5)
         axes.set_xticks([-100, -1, -0.01, -1e-4, 0, 1e-4, 0.01, 1, 100])
         axes.set_yscale("log")
         axes.set(xlabel="reward", ylabel="% of tokens", xlim=(edges[0], edges[-1]))
         axes.xaxis.set(major_formatter="{x:g}", minor_locator=NullLocator())
         axes.yaxis.set(major_formatter="{x:g}", minor_formatter=NullFormatter())
-        draw_legend(axes)
+        if with_legend:
+            draw_legend(axes)
 
-    return render("reward-histogram", plot)
+    return render(name, plot)
 
 
 def _histogram(record: Mapping[str, Any]) -> tuple[Values, Values]:

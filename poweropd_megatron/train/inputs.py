@@ -13,6 +13,7 @@ from poweropd_megatron.models.families import read_model_config
 from poweropd_megatron.models.model_config import ModelConfig
 from poweropd_megatron.models.weight_source import open_weights
 from poweropd_megatron.ops.backends import reference_is_asked_for
+from poweropd_megatron.telemetry.trackers import check_trackers
 from poweropd_megatron.train.output_folder import check_place
 
 
@@ -33,11 +34,12 @@ class RunInputs:
 def read_inputs(config: TrainConfig, *, world_size: int) -> RunInputs:
     """Return the inputs of a run.
 
-    Raises: ConfigError or InputError naming the setting: impossible layouts, kernels that don't
-    exist, folders that hold no known model, tokenizers that differ, bad prompt files, prompts
-    and responses longer than a model's positions.
+    Raises: ConfigError or InputError naming the setting: impossible layouts, packages that are
+    missing, kernels that don't exist, folders that hold no known model, tokenizers that differ, bad
+    prompt files, prompts and responses longer than a model's positions.
     """
     rules.check(config, world_size)
+    check_trackers(config.telemetry)
     _check_kernels()
     check_place(config)
     if config.student.megatron or config.teacher.megatron:

@@ -18,6 +18,12 @@ from poweropd_megatron.telemetry.console import Console
 from poweropd_megatron.telemetry.report import write_report
 from poweropd_megatron.telemetry.sinks import JsonlSink, read_jsonl, write_json_atomically
 from poweropd_megatron.telemetry.text import objective_label
+from poweropd_megatron.telemetry.trackers import (
+    CLOSE_SECONDS,
+    INTERRUPTED_CLOSE_SECONDS,
+    BackgroundTracker,
+    start_trackers,
+)
 from poweropd_megatron.train.batching import Batching
 from poweropd_megatron.train.evaluation import Evaluation
 from poweropd_megatron.train.inputs import RunInputs
@@ -34,6 +40,7 @@ class Recorder:
         self._metrics = JsonlSink(self.folder / "metrics.jsonl")
         self._diagnostics = JsonlSink(self.folder / "diagnostics.jsonl")
         self._samples = JsonlSink(self.folder / "samples.jsonl")
+        self._trackers: Sequence[BackgroundTracker] = ()
         self._console: Console | None = None
         self._longest_told: dict[str, int] = {}
 
@@ -48,13 +55,18 @@ class Recorder:
             total_steps=self._config.train_steps,
             log_interval=self._config.telemetry.log_interval,
         ) as self._console:
+            close_seconds = CLOSE_SECONDS
             try:
                 with interruption.raised():
                     yield
             except Interrupted as signal:
                 self._console.info(self._interrupted())
                 signal.is_told = True
+                close_seconds = INTERRUPTED_CLOSE_SECONDS
                 raise
+            finally:
+                for tracker in self._trackers:
+                    tracker.close(seconds=close_seconds)
 
     def _interrupted(self) -> str:
         assert self._console
@@ -140,6 +152,13 @@ class Recorder:
             for sink in (self._metrics, self._diagnostics, self._samples):
                 sink.truncate_after(step or -1)
             self._metrics.path.touch()  # The user may have deleted it.
+            self._trackers = start_trackers(
+                self._config.telemetry,
+                self.folder,
+                step=step,
+                settings=asdict(self._config),
+                warn=self._console.warning,
+            )
             self._console.start(step)
 
     def step(
@@ -151,19 +170,14 @@ class Recorder:
         evaluation: Evaluation | None,
     ) -> None:
         """Record a finished step, and the evaluation after it."""
-        if not self._console:
-            return
-        if diagnostics is not None:
-            self._diagnostics.write({"step": step, **diagnostics})
-        if metrics:
-            self._console.step(step, metrics)
-        evaluated: Mapping[str, float] = {}
-        if evaluation is not None:
-            evaluated = evaluation.metrics
-            self._console.evaluation(step, evaluated)
-            for sample in evaluation.samples:
-                self._samples.write({"step": step, **sample})
-        self._metrics.write({"step": step, **metrics, **evaluated})
+        if self._console:
+            if diagnostics is not None:
+                self._diagnostics.write({"step": step, **diagnostics})
+            if metrics:
+                self._console.step(step, metrics)
+            evaluated = self._tell_evaluation(step, evaluation)
+            self._metrics.write({"step": step, **metrics, **evaluated})
+            self._track(step, {**metrics, **evaluated})
 
     def add_evaluation(self, step: int, evaluation: Evaluation) -> None:
         """Record an evaluation of a step, in that step's line if it was recorded before."""
@@ -172,8 +186,9 @@ class Recorder:
             recorded = records[-1] if records and records[-1]["step"] == step else {}
             for sink in (self._metrics, self._samples):
                 sink.truncate_after(step - 1)
-            metrics = {name: value for name, value in recorded.items() if name != "step"}
-            self.step(step, metrics, diagnostics=None, evaluation=evaluation)
+            evaluated = self._tell_evaluation(step, evaluation)
+            self._metrics.write({"step": step, **recorded, **evaluated})
+            self._track(step, evaluated)
 
     def finish(self, export: Path) -> None:
         """Write summary.json and report.html, and say what improved and where everything lies."""
@@ -183,6 +198,20 @@ class Recorder:
         write_json_atomically(self.folder / "summary.json", summary)
         write_report(self.folder)
         self._console.finish(summary, self.folder)
+
+    def _tell_evaluation(self, step: int, evaluation: Evaluation | None) -> Mapping[str, float]:
+        """Show an evaluation, write its samples, and return its metrics."""
+        if evaluation is None:
+            return {}
+        assert self._console
+        self._console.evaluation(step, evaluation.metrics)
+        for sample in evaluation.samples:
+            self._samples.write({"step": step, **sample})
+        return evaluation.metrics
+
+    def _track(self, step: int, metrics: Mapping[str, float]) -> None:
+        for tracker in self._trackers:
+            tracker.write(step, metrics)
 
 
 def _own_ranks(config: TrainConfig) -> str:

@@ -42,6 +42,9 @@ MAY_CHANGE = [
     "telemetry.log_interval",
     "telemetry.diagnostics_interval",
     "telemetry.num_logged_samples",
+    "telemetry.tensorboard",
+    "telemetry.wandb",
+    "telemetry.wandb_project",
 ]
 
 

@@ -1,12 +1,14 @@
 """What the records of a run come to at its end."""
 
 import json
+import signal
 from pathlib import Path
 
 import pytest
 from support.run_settings import small_run
 
 from poweropd_megatron.config.schema import TrainConfig
+from poweropd_megatron.interruption import Interrupted
 from poweropd_megatron.train.batching import Batching
 from poweropd_megatron.train.evaluation import Evaluation
 from poweropd_megatron.train.recorder import Recorder, summarise
@@ -39,6 +41,44 @@ def test_an_evaluation_after_the_fact_joins_the_line_of_its_step(config: TrainCo
     assert summary["before"]["greedy_accuracy"] == 0.25
     assert summary["after"]["greedy_accuracy"] == 0.75
     assert summary["train_seconds"] == 6.0
+
+
+def test_trackers_get_each_metric_of_a_step_once_and_are_closed(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Tracker:
+        def __init__(self) -> None:
+            self.given: list[tuple[int, dict[str, float]]] = []
+            self.closed_after: float | None = None
+
+        def write(self, step: int, metrics: dict[str, float]) -> None:
+            self.given.append((step, metrics))
+
+        def close(self, *, seconds: float) -> None:
+            self.closed_after = seconds
+
+    tracker, asked = Tracker(), []
+    monkeypatch.setattr(
+        "poweropd_megatron.train.recorder.start_trackers",
+        lambda *_, step, **__: asked.append(step) or [tracker],
+    )
+    found = Evaluation(metrics={"eval/greedy_accuracy": 0.75}, samples=[])
+    recorder = Recorder(config, is_first_rank=True)
+    with recorder.speaking():
+        recorder.start(0)
+        recorder.step(0, {}, diagnostics=None, evaluation=found)
+        recorder.step(1, {"grad_norm": 1.0, **PHASES}, diagnostics=None, evaluation=None)
+        recorder.add_evaluation(1, found)
+    assert asked == [0]
+    assert tracker.given == [
+        (0, found.metrics),
+        (1, {"grad_norm": 1.0, **PHASES}),
+        (1, found.metrics),
+    ]
+    assert tracker.closed_after == 60
+    with pytest.raises(Interrupted), recorder.speaking():
+        raise Interrupted(signal.SIGTERM)
+    assert tracker.closed_after == 5
 
 
 @pytest.mark.parametrize("evaluated", [True, False])
