@@ -142,7 +142,7 @@ class TensorBoardTracker:
         """Write to folder; what earlier starts wrote of first_step and later is no longer shown."""
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer: Any = SummaryWriter(str(folder), purge_step=first_step)  # type: ignore[no-untyped-call]
+        self._writer: Any = SummaryWriter(str(folder), purge_step=first_step)
 
     def write(self, step: int, metrics: Metrics) -> None:
         """Write the metrics under their names."""
