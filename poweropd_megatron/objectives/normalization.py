@@ -25,12 +25,13 @@ def loss_weights(
     """
     if normalization == "token_mean":
         return None
-    tokens_B = mask_BT.sum(dim=1)
+    tokens = mask_BT.sum(dim=1).tolist()
     if normalization == "sequence_mean":
-        groups = [[row] for row, count in enumerate(tokens_B.tolist()) if count]
+        groups = [[row] for row, count in enumerate(tokens) if count]
     else:
         groups = [list(rows) for rows in micro_batches if rows]
-    weights_B = torch.zeros(len(mask_BT), dtype=torch.float64)
+    weights_B = torch.zeros(len(mask_BT))
     for rows in groups:
-        weights_B[rows] = tokens_B.sum() / (len(groups) * tokens_B[rows].sum().clamp(min=1))
-    return weights_B.float()
+        in_group = sum(tokens[row] for row in rows)
+        weights_B[rows] = sum(tokens) / (len(groups) * max(in_group, 1))
+    return weights_B

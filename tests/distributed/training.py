@@ -65,6 +65,9 @@ class Row:
     max_tokens_per_microbatch: int | None = None
     use_distributed_optimizer: bool = True
     head: Literal["fused", "recompute", "materialized"] = "fused"
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    """All but objective.head."""
+    mini_batch_size: int | None = None
     megatron: dict[str, Any] = field(default_factory=dict)
     """student.megatron."""
     teacher_ranks: int | None = None
@@ -147,6 +150,7 @@ def build_models(
         output_dir="unused",
         train_steps=NUM_UPDATES,
         global_batch_size=5,
+        mini_batch_size=row.mini_batch_size,
         micro_batch_size=row.micro_batch_size,
         max_tokens_per_microbatch=row.max_tokens_per_microbatch,
         student=StudentConfig(
@@ -161,7 +165,7 @@ def build_models(
             num_ranks=row.teacher_ranks,
             offload=row.offload,
         ),
-        objective=ObjectiveConfig(head=row.head),
+        objective=replace(row.objective, head=row.head),
         optimizer=replace(optimizer, use_distributed_optimizer=row.use_distributed_optimizer),
         data=DataConfig(train_files=["unused"]),
     )

@@ -62,3 +62,37 @@ def test_another_stop_token_in_the_middle_of_a_truncated_response_is_an_ordinary
         assert labels.mask_BT.int().tolist() == [[0, 1, 1], [0, 1, 1]]
         assert torch.equal(labels.student_BT, rows.token_ids_BT)
         assert torch.equal(labels.teacher_BT, rows.token_ids_BT)
+
+
+@pytest.mark.parametrize(
+    ("first_percent", "after_tokens", "mask"),
+    [
+        (100.0, 0, [[1, 1, 1, 1, 1], [1, 0, 0, 0, 0], [1, 1, 1, 0, 0]]),
+        (40.0, 0, [[1, 1, 0, 0, 0], [1, 0, 0, 0, 0], [1, 1, 0, 0, 0]]),
+        (41.0, 0, [[1, 1, 1, 0, 0], [1, 0, 0, 0, 0], [1, 1, 0, 0, 0]]),
+        (0.001, 0, [[1, 0, 0, 0, 0], [1, 0, 0, 0, 0], [1, 0, 0, 0, 0]]),
+        (100.0, 2, [[0, 0, 1, 1, 1], [0, 0, 0, 0, 0], [0, 0, 1, 0, 0]]),
+        (80.0, 1, [[0, 1, 1, 1, 0], [0, 0, 0, 0, 0], [0, 1, 1, 0, 0]]),
+        (100.0, 9, [[0, 0, 0, 0, 0], [0, 0, 0, 0, 0], [0, 0, 0, 0, 0]]),
+    ],
+)
+@pytest.mark.parametrize("terminal", ["raw", "mask", "cross_eos", "im_end"])
+def test_windows_count_from_the_start_of_each_response_and_in_parts_of_its_length(
+    terminal: str, first_percent: float, after_tokens: int, mask: list[list[int]]
+) -> None:
+    """Five tokens of which the last is EOS, EOS alone, three that were cut off."""
+    rows = make([([5], [7, 8, 9, 3, EOS]), ([5, 6, 7], [EOS]), ([5, 6], [3, 4, 5])], eos=EOS)
+    labels = label(
+        rows,
+        terminal,
+        teacher_eos_id=TEACHER_EOS,
+        first_percent=first_percent,
+        after_tokens=after_tokens,
+    )
+    expected = torch.tensor(mask, dtype=torch.bool)
+    if terminal == "mask":
+        expected[0, 4] = expected[1, 0] = False
+    for row, start in enumerate((1, 3, 2)):
+        assert not labels.mask_BT[row, :start].any()
+        in_response = labels.mask_BT[row, start : start + 5]
+        assert torch.equal(in_response, expected[row, : len(in_response)])
