@@ -80,15 +80,26 @@ LOSSES: dict[str, Callable[[Run], None]] = {
 }
 
 
+RUNS = {
+    "fp32": ("--student.dtype=fp32",),
+    "bf16": ("--student.dtype=bf16",),
+    "mini-batches": (
+        *("--student.dtype=fp32", "--mini_batch_size=4", "--objective.kind=z_score"),
+        *("--objective.importance_ratio=sequence", "--rollout.temperature=0.8"),
+    ),
+}
+"""Settings; the last has two optimizer steps a batch, and three passes of the student before."""
+
+
 @pytest.fixture(scope="module")
 def straight(
     tmp_path_factory: pytest.TempPathFactory, call_on_ranks: Callable[..., list[int | None]]
 ) -> dict[str, Path]:
-    """Return the folders of an uninterrupted run in each type."""
+    """Return the folders of an uninterrupted run of each kind."""
     folders = {}
-    for dtype in ("fp32", "bf16"):
-        folders[dtype] = tmp_path_factory.mktemp(dtype)
-        assert call_on_ranks(start, str(folders[dtype]), f"--student.dtype={dtype}") == [0]
+    for name, changes in RUNS.items():
+        folders[name] = tmp_path_factory.mktemp(name)
+        assert call_on_ranks(start, str(folders[name]), *changes) == [0]
     return folders
 
 
@@ -98,21 +109,21 @@ def differing_after(
 ) -> Callable[..., list[str]]:
     """Return a function that resumes without a piece, and returns what differs at the end."""
 
-    def resume_without(lost: str, *, dtype: str) -> list[str]:
-        arguments = (str(straight[dtype]), str(tmp_path), lost, f"--student.dtype={dtype}")
+    def resume_without(lost: str, *, run: str) -> list[str]:
+        arguments = (str(straight[run]), str(tmp_path), lost, *RUNS[run])
         assert call_on_ranks(resume, *arguments) == [0]
         return (tmp_path / "differing").read_text().splitlines()
 
     return resume_without
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_a_resumed_run_is_bitwise_the_run_that_was_not_interrupted(dtype, differing_after):
-    assert differing_after("nothing", dtype=dtype) == []
+@pytest.mark.parametrize("run", RUNS)
+def test_a_resumed_run_is_bitwise_the_run_that_was_not_interrupted(run, differing_after):
+    assert differing_after("nothing", run=run) == []
 
 
 @pytest.mark.parametrize(
-    ("lost", "dtype"),
+    ("lost", "run"),
     [
         ("Adam's step count", "fp32"),
         ("Adam's first moment", "fp32"),
@@ -120,11 +131,12 @@ def test_a_resumed_run_is_bitwise_the_run_that_was_not_interrupted(dtype, differ
         ("fp32 main weights", "bf16"),
         ("learning-rate schedule", "fp32"),
         ("prompt cursor", "fp32"),
+        ("learning-rate schedule", "mini-batches"),
     ],
 )
-def test_without_any_piece_of_the_state_the_resumed_weights_differ(lost, dtype, differing_after):
-    assert any(name.startswith("main weight") for name in differing_after(lost, dtype=dtype))
+def test_without_any_piece_of_the_state_the_resumed_weights_differ(lost, run, differing_after):
+    assert any(name.startswith("main weight") for name in differing_after(lost, run=run))
 
 
 def test_the_random_state_is_that_of_the_run_that_was_not_interrupted(differing_after):
-    assert differing_after("random state", dtype="fp32") == ["random"]
+    assert differing_after("random state", run="fp32") == ["random"]
