@@ -24,7 +24,7 @@ from poweropd_megatron.ops.lm_head_tiles import (
 )
 from poweropd_megatron.ops.matmul import product
 
-CHUNK_BYTES = {"cpu": 192 << 20, "cuda": 2 << 30}
+CHUNK_BYTES = {"cpu": 160 << 20, "cuda": 2 << 30}
 """Logits of the tokens that are visited at a time: whole rows of a rank's columns, padding not
 counted. The weight's
 gradient is read and written once a chunk, which a GPU's memory feels sooner."""
