@@ -7,6 +7,8 @@
 #       starts one process per GPU of this node through torchrun, with any number of nodes
 #   torchrun --nproc-per-node 8 launch/pretrain_opd.sh --config ...
 #       is the same from a torchrun of yours
+#   bash launch/pretrain_opd.sh eval --config my_eval.toml
+#       starts `poweropd eval` in the same way (eval.sh is this)
 #
 # Set by you or by Slurm (srun with one task per node):
 #   NNODES, NODE_RANK         nodes of the run, and which this one is      (1, 0)
@@ -112,7 +114,8 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Until main() listens, Ctrl-C just ends this.
     from poweropd_megatron.cli.main import main
 
-    code = main(["train", *sys.argv[1:]])
+    command = [] if sys.argv[1:2] == ["eval"] else ["train"]
+    code = main([*command, *sys.argv[1:]])
     if code == 2 and os.environ.get("RANK", "0") != "0":
         # torchrun ends every rank as soon as one fails, and rank 0 may still have to say why.
         time.sleep(10)

@@ -1,6 +1,6 @@
-"""The `poweropd` command: train, report.
+"""The `poweropd` command: train, eval, report.
 
-A command other than train adds its parser to _parser, with the function that runs it as `run`; that
+A command without settings adds its parser to _parser, with the function that runs it as `run`; that
 returns the exit code. Nothing heavy is imported before it is needed, so that --help and a wrong
 setting answer at once.
 """
@@ -9,7 +9,7 @@ import argparse
 import contextlib
 import io
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from poweropd_megatron import __version__, interruption
@@ -22,6 +22,7 @@ On-policy distillation with the bounded power reward, on Megatron-Core.
 
   poweropd train --config my.toml --optimizer.lr 1e-6                           (one process)
   bash launch/pretrain_opd.sh --config launch/recipes/qwen3_1p7b_from_4b.toml   (all GPUs)
+  poweropd eval --config my_eval.toml --student.path runs/chain_sum/export
   poweropd report runs/chain_sum
 """
 
@@ -40,6 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         with interruption.raising():
             if arguments[:1] == ["train"]:
                 return _train(arguments[1:])
+            if arguments[:1] == ["eval"]:
+                return _evaluate(arguments[1:])
             parsed = _parser().parse_args(arguments)
             code: int = parsed.run(parsed)
             return code
@@ -63,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"poweropd {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     commands.add_parser("train", help="train, or go on with a run (poweropd train --help)")
+    commands.add_parser("eval", help="evaluate a model on prompt files (poweropd eval --help)")
     report = commands.add_parser(
         "report",
         help="write the report of a run, or of several over one another, as one HTML file",
@@ -88,16 +92,34 @@ def _train(argv: Sequence[str]) -> int:
     from poweropd_megatron.config.load import parse_train_config
     from poweropd_megatron.config.rules import check
 
-    check_rank_variables()
-    silent = contextlib.redirect_stdout(io.StringIO())
-    with contextlib.nullcontext() if speaks_for_node() else silent:
-        config = parse_train_config(argv)
+    config = _parsed_by_all(parse_train_config, argv)
     check(config, world_size=world_size() or 1)
 
     from poweropd_megatron.train.run import run_training
 
     run_training(config)
     return 0
+
+
+def _evaluate(argv: Sequence[str]) -> int:
+    from poweropd_megatron.config.evaluation import check_evaluation
+    from poweropd_megatron.config.load import parse_evaluation_config
+
+    config = _parsed_by_all(parse_evaluation_config, argv)
+    check_evaluation(config, world_size=world_size() or 1)
+
+    from poweropd_megatron.evaluation.run import run_evaluation
+
+    run_evaluation(config)
+    return 0
+
+
+def _parsed_by_all[T](parse: Callable[[Sequence[str]], T], argv: Sequence[str]) -> T:
+    """Return what a command line says; one rank of a node prints what it asks for."""
+    check_rank_variables()
+    silent = contextlib.redirect_stdout(io.StringIO())
+    with contextlib.nullcontext() if speaks_for_node() else silent:
+        return parse(argv)
 
 
 def _report(arguments: argparse.Namespace) -> int:

@@ -5,7 +5,9 @@ from collections.abc import Callable
 from operator import attrgetter
 from typing import Any
 
+from poweropd_megatron.config.evaluation_schema import EvaluationConfig
 from poweropd_megatron.config.schema import TrainConfig
+from poweropd_megatron.config.settings import EVALUATION, TRAIN
 from poweropd_megatron.errors import ConfigError
 
 RANGES: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
@@ -17,6 +19,7 @@ RANGES: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
             "mini_batch_size",
             "micro_batch_size",
             "max_tokens_per_microbatch",
+            "save_interval",
             "student.parallel.tensor_model_parallel_size",
             "student.parallel.pipeline_model_parallel_size",
             "student.parallel.expert_model_parallel_size",
@@ -108,13 +111,14 @@ RANGES: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
 """Each range in words, its test, and the settings that it holds for."""
 
 
-def check_ranges(config: TrainConfig) -> None:
-    """Return if every setting is within its range.
+def check_ranges(config: TrainConfig | EvaluationConfig) -> None:
+    """Return if every setting that the command has is within its range.
 
     Raises: ConfigError that names the setting, its value and the range.
     """
+    settings = (TRAIN if isinstance(config, TrainConfig) else EVALUATION).settings
     for expected, (holds, names) in RANGES.items():
-        for name in names:
+        for name in (name for name in names if name in settings):
             value = attrgetter(name)(config)
             if value is not None and not holds(value):
                 raise ConfigError(f"{name} must be {expected}, not {value!r}")

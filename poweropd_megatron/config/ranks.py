@@ -38,10 +38,17 @@ def check_ranks(config: TrainConfig, world_size: int) -> None:
     _check_batch(config, len(student_ranks(config, world_size)))
 
 
-def _check_fit(name: Literal["student", "teacher"], config: TrainConfig, world_size: int) -> None:
-    parallel: ParallelConfig = getattr(config, name).parallel
-    ranks_of = {"student": student_ranks, "teacher": teacher_ranks}[name]
-    num_ranks = len(ranks_of(config, world_size))
+def check_fit(
+    name: Literal["student", "teacher"],
+    parallel: ParallelConfig,
+    num_ranks: int,
+    fix: str | None = None,
+) -> None:
+    """Return if copies of a model fit num_ranks ranks.
+
+    fix: the ranks in words, and what to change; by default the start of other ones.
+    Raises: ConfigError that names the settings and what would work.
+    """
     size = parallel.model_parallel_size
     if num_ranks % size:
         sizes = {
@@ -54,26 +61,36 @@ def _check_fit(name: Literal["student", "teacher"], config: TrainConfig, world_s
             f"{name}.parallel.{setting} = {value}" for setting, value in sizes.items()
         )
         raise ConfigError(
-            f"{product} must divide the number of " + _fix(name, config, world_size, num_ranks)
+            f"{product} must divide the number of {fix or _other_ranks(parallel, num_ranks)}"
         )
     check_expert_ranks(name, parallel, num_ranks)
 
 
+def _check_fit(name: Literal["student", "teacher"], config: TrainConfig, world_size: int) -> None:
+    parallel: ParallelConfig = getattr(config, name).parallel
+    ranks_of = {"student": student_ranks, "teacher": teacher_ranks}[name]
+    num_ranks = len(ranks_of(config, world_size))
+    check_fit(name, parallel, num_ranks, _fix(name, config, world_size, num_ranks))
+
+
 def _fix(name: str, config: TrainConfig, world_size: int, num_ranks: int) -> str:
     """Return the ranks that a model has, and what to change so that its layout fits them."""
-    sizes = f"or choose sizes whose product is {listed(divisors(num_ranks))}"
     own = config.teacher.num_ranks
     if own is None:
-        size = getattr(config, name).parallel.model_parallel_size
-        return (
-            f"ranks ({num_ranks}): start {listed(multiples_around(num_ranks, size))} ranks, {sizes}"
-        )
+        return _other_ranks(getattr(config, name).parallel, num_ranks)
+    sizes = f"or choose sizes whose product is {listed(divisors(num_ranks))}"
     working = _working(config, world_size)
     fix = f"set teacher.num_ranks to {listed(working)}, " if working else ""
     return (
         f"the {name}'s ranks ({num_ranks} of {world_size}, with teacher.num_ranks = {own}): "
         f"{fix}{sizes}"
     )
+
+
+def _other_ranks(parallel: ParallelConfig, num_ranks: int) -> str:
+    fitting = listed(multiples_around(num_ranks, parallel.model_parallel_size))
+    product = listed(divisors(num_ranks))
+    return f"ranks ({num_ranks}): start {fitting} ranks, or choose sizes whose product is {product}"
 
 
 def _working(config: TrainConfig, world_size: int) -> list[int]:

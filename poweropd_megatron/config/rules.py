@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
+from poweropd_megatron.config.answering import check_answering, check_prompts
 from poweropd_megatron.config.choices import divisors, listed
 from poweropd_megatron.config.experts import check_experts
 from poweropd_megatron.config.objective import unused_settings
@@ -12,17 +13,17 @@ from poweropd_megatron.config.objective_rules import (
     check_objective,
     of_objective,
 )
+from poweropd_megatron.config.parallel import check_logits, check_parallel
 from poweropd_megatron.config.pipeline import check_pipeline
 from poweropd_megatron.config.ranges import check_ranges
 from poweropd_megatron.config.ranks import check_ranks
 from poweropd_megatron.config.schema import (
-    DataConfig,
     EvalConfig,
     OptimizerConfig,
     ParallelConfig,
     TrainConfig,
 )
-from poweropd_megatron.config.settings import SETTINGS
+from poweropd_megatron.config.settings import TRAIN, Schema
 from poweropd_megatron.errors import ConfigError
 
 CHANGEABLE_ON_RESUME = (
@@ -64,12 +65,11 @@ def check(config: TrainConfig, world_size: int | None = None) -> None:
     check_mini_batch(config)
     _check_logits(config)
     _check_schedule(config.optimizer, config.train_steps)
-    _check_data(config.data)
+    check_prompts(config.data)
     _check_evaluation(config.eval, config.data.eval_files)
     _check_samples(config)
     for name, model in (("student", config.student), ("teacher", config.teacher)):
-        _check_sequence_parallel(name, model.parallel)
-        _check_virtual_pipeline(name, model.parallel)
+        check_parallel(name, model.parallel)
     _check_teacher_ranks(config)
     if world_size is not None:
         check_ranks(config, world_size)
@@ -122,16 +122,21 @@ def check_model_layout(
 def frozen_differences(
     old: Mapping[str, Any],
     new: Mapping[str, Any],
+    *,
+    schema: Schema = TRAIN,
     changeable: Sequence[str] = CHANGEABLE_ON_RESUME,
 ) -> list[str]:
     """Return a line for each setting that differs and that a resumed run may not change.
 
-    changeable: patterns of the names that may differ.
+    schema: that of the settings; changeable: patterns of the names that may differ.
 
-    Both are dataclasses.asdict of a TrainConfig, or flat by dotted name; what `old` doesn't have,
-    being of an older release, had its default. A line reads "objective.alpha: was 5.0, is 1.0".
+    Both are dataclasses.asdict of the schema's root, or flat by dotted name; what `old` doesn't
+    have, being of an older release, had its default. A line reads "objective.alpha: was 5.0, is
+    1.0".
     """
-    defaults = {name: setting.default for name, setting in SETTINGS.items() if not setting.required}
+    defaults = {
+        name: setting.default for name, setting in schema.settings.items() if not setting.required
+    }
     before = _effective(dict(_flatten(defaults)) | dict(_flatten(old)))
     after = _effective(dict(_flatten(new)))
     if after.get("objective.loss_normalization") == "micro_batch_mean":
@@ -139,6 +144,7 @@ def frozen_differences(
     unused = {
         f"objective.{name}"
         for settings in (before, after)
+        if schema is TRAIN
         for name in unused_settings(of_objective(settings))
     }
     return [
@@ -159,13 +165,8 @@ def _effective(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_logits(config: TrainConfig) -> None:
-    if config.objective.logits_dtype == "bf16":
-        for name, dtype in (("student", config.student.dtype), ("teacher", config.teacher.dtype)):
-            if dtype != "bf16":
-                raise ConfigError(
-                    f"objective.logits_dtype = 'bf16' needs {name}.dtype = 'bf16', not {dtype!r}: "
-                    "set that, or objective.logits_dtype = 'fp32'"
-                )
+    for name, model in (("student", config.student), ("teacher", config.teacher)):
+        check_logits("objective.logits_dtype", config.objective.logits_dtype, name, model.dtype)
 
 
 def _check_schedule(optimizer: OptimizerConfig, train_steps: int) -> None:
@@ -183,30 +184,13 @@ def _check_schedule(optimizer: OptimizerConfig, train_steps: int) -> None:
         )
 
 
-def _check_data(data: DataConfig) -> None:
-    if data.answer_check == "exact" and not data.answer_marker:
-        raise ConfigError(
-            "data.answer_marker must not be empty with data.answer_check = 'exact': "
-            "the answer is what follows it; '#' is the default"
-        )
-    if data.chat_template_kwargs and not data.apply_chat_template:
-        raise ConfigError(
-            f"data.chat_template_kwargs = {data.chat_template_kwargs} needs "
-            "data.apply_chat_template = true; set that, or give no chat_template_kwargs"
-        )
-
-
 def _check_evaluation(evaluation: EvalConfig, eval_files: Sequence[str]) -> None:
-    if not eval_files:
-        if evaluation.interval not in (0, EvalConfig().interval):
-            raise ConfigError(
-                f"eval.interval = {evaluation.interval} needs data.eval_files, which is empty: "
-                "name the files there, or set eval.interval = 0"
-            )
-    elif evaluation.num_samples == 0 and not evaluation.greedy:
+    if eval_files:
+        check_answering(evaluation)
+    elif evaluation.interval not in (0, EvalConfig().interval):
         raise ConfigError(
-            "eval.num_samples = 0 with eval.greedy = false leaves no answer to evaluate: "
-            "change either, or set data.eval_files = []"
+            f"eval.interval = {evaluation.interval} needs data.eval_files, which is empty: "
+            "name the files there, or set eval.interval = 0"
         )
 
 
@@ -235,25 +219,6 @@ def _check_teacher_ranks(config: TrainConfig) -> None:
         raise ConfigError(
             f"rollout.num_parts = {parts} must divide global_batch_size = {batch}; "
             f"{listed(divisors(batch))} would work"
-        )
-
-
-def _check_sequence_parallel(name: str, parallel: ParallelConfig) -> None:
-    if parallel.sequence_parallel and parallel.tensor_model_parallel_size == 1:
-        raise ConfigError(
-            f"{name}.parallel.sequence_parallel = true needs "
-            f"{name}.parallel.tensor_model_parallel_size > 1, not 1: raise it, or set "
-            f"{name}.parallel.sequence_parallel = false"
-        )
-
-
-def _check_virtual_pipeline(name: str, parallel: ParallelConfig) -> None:
-    chunks = parallel.virtual_pipeline_model_parallel_size
-    if chunks is not None and parallel.pipeline_model_parallel_size == 1:
-        raise ConfigError(
-            f"{name}.parallel.virtual_pipeline_model_parallel_size = {chunks} needs "
-            f"{name}.parallel.pipeline_model_parallel_size > 1, not 1: raise it, or leave out "
-            "virtual_pipeline_model_parallel_size"
         )
 
 

@@ -85,7 +85,19 @@ class TeacherConfig:
 
 
 @dataclass(kw_only=True)
-class RolloutConfig:
+class DecodingConfig:
+    """How responses are decoded; they don't depend on it."""
+
+    micro_batch_size: int = 64
+    """Sequences decoded together by each copy of the model (bounds the KV cache); others wait, and
+    take the places of those that end. With pipeline stages, in as many groups: at least as many."""
+    cuda_graph: bool = True
+    """On GPUs, for dense models without pipeline parallelism: record each decoding step and replay
+    it; several times faster, for some memory."""
+
+
+@dataclass(kw_only=True)
+class RolloutConfig(DecodingConfig):
     """How the student generates the responses that it learns from."""
 
     num_samples_per_prompt: int = 1
@@ -98,16 +110,10 @@ class RolloutConfig:
     """Keep the smallest set of tokens whose probability reaches this; 1 keeps all."""
     top_k: int = 0
     """Keep the k most likely tokens; 0 keeps all."""
-    micro_batch_size: int = 64
-    """Sequences decoded together by each copy of the model (bounds the KV cache); others wait, and
-    take the places of those that end. With pipeline stages, in as many groups: at least as many."""
     num_parts: int = 1
     """Parts that the responses of a step are generated in, one after the other: a teacher on ranks
     of its own (teacher.num_ranks) scores each while the student generates the next. A part should
     still fill micro_batch_size rows on each rank."""
-    cuda_graph: bool = True
-    """On GPUs, for dense models without pipeline parallelism: record each decoding step and replay
-    it; several times faster, for some memory."""
 
 
 @dataclass(kw_only=True)
@@ -139,17 +145,17 @@ class OptimizerConfig:
 
 
 @dataclass(kw_only=True)
-class DataConfig:
-    """Prompts and how answers are checked."""
+class PromptConfig:
+    """Evaluation prompts, how prompts are rendered, and how answers are checked."""
 
-    train_files: list[str]
-    """JSONL files, a prompt a line: {"prompt": str or "messages": [...], "answer": str}."""
     eval_files: list[str] = field(default_factory=list)
-    """JSONL files of held-out prompts with answers; each file is reported under its stem."""
+    """JSONL files of held-out prompts with answers, in the formats of docs/evaluation.md; each file
+    is reported under its stem."""
+    eval_formats: dict[str, Any] = field(default_factory=dict)
+    """Formats of eval_files by stem, such as {amc23 = "amc"}, where the fields of a file fit
+    several: prompt, gsm8k, math500, aime, amc, minerva or olympiadbench."""
     max_prompt_length: int = 1024
     """A prompt with more tokens is refused at the start, with its file and line."""
-    shuffle: bool = True
-    """Draw the prompts of each epoch in a new seeded order."""
     apply_chat_template: bool = False
     """Render prompts with the student folder's chat template ("prompt" is one user message)."""
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
@@ -164,13 +170,24 @@ class DataConfig:
 
 
 @dataclass(kw_only=True)
-class EvalConfig:
-    """Evaluation on data.eval_files before, during and after training."""
+class DataConfig(PromptConfig):
+    """Prompts and how answers are checked."""
 
-    interval: int = 30
-    """Steps between evaluations; 0 evaluates only before and after."""
+    train_files: list[str]
+    """JSONL files, a prompt a line: {"prompt": str or "messages": [...], "answer": str}."""
+    shuffle: bool = True
+    """Draw the prompts of each epoch in a new seeded order."""
+
+
+@dataclass(kw_only=True)
+class AnsweringConfig:
+    """How the prompts of data.eval_files are answered, and what is reported."""
+
     num_samples: int = 8
     """Responses per prompt for Avg@k and Pass@k; 0 leaves only the greedy answer."""
+    pass_at: list[int] = field(default_factory=list)
+    """Also report Pass@k for these k, at most num_samples, estimated without bias from all samples;
+    Pass@num_samples is always reported."""
     greedy: bool = True
     """Also answer each prompt greedily (eval/greedy_accuracy)."""
     temperature: float = 0.6
@@ -183,6 +200,14 @@ class EvalConfig:
     """Longest response of an evaluation."""
     max_prompts: int | None = None
     """Evaluate only the first this many prompts of each file."""
+
+
+@dataclass(kw_only=True)
+class EvalConfig(AnsweringConfig):
+    """Evaluation on data.eval_files before, during and after training."""
+
+    interval: int = 30
+    """Steps between evaluations; 0 evaluates only before and after."""
 
 
 @dataclass(kw_only=True)

@@ -1,15 +1,16 @@
-"""Every setting of the schema under its dotted name, with its type, default and help text."""
+"""Every setting of a command under its dotted name, with its type, default and help text."""
 
 import dataclasses
 import difflib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Self, Union, get_args, get_origin, get_type_hints
 
 import docstring_parser
 
+from poweropd_megatron.config.evaluation_schema import EvaluationConfig
 from poweropd_megatron.config.schema import TrainConfig
 
 
@@ -60,25 +61,58 @@ def describe(kind: Any) -> str:
     if origin is Literal:
         return "one of " + ", ".join(repr(argument) for argument in arguments)
     if origin is list:
-        return 'a list of strings such as ["a", "b"]'
+        is_of_int = arguments == (int,)
+        return (
+            "a list of integers such as [1, 2]"
+            if is_of_int
+            else 'a list of strings such as ["a", "b"]'
+        )
     if origin is dict:
         return "a table such as {name = true}"
     plain = {bool: "true or false", int: "an integer", float: "a finite number", str: "a string"}
     return {**plain, NoneType: "null (in a file: left out)"}[kind]
 
 
-def not_a_setting(name: str) -> str:
-    """Return the message for an unknown dotted name, with the nearest that exists."""
-    if name in TABLES:
-        example = next(s.name for s in SETTINGS.values() if s.table == name)
-        return f"{name} is a table of settings: give them one by one, such as {example}"
-    leaf = name.rpartition(".")[2]
-    nearest = [known for known in SETTINGS if known.rpartition(".")[2] == leaf]
-    if "." in name or not nearest:
-        candidates = nearest or [*SETTINGS, "config", "print_config", "help"]
-        nearest = difflib.get_close_matches(name, candidates, n=1, cutoff=0.0 if nearest else 0.5)
-    hint = "did you mean " + " or ".join(nearest) + "?" if nearest else "see poweropd train --help"
-    return f"{name} is not a setting; {hint}"
+@dataclass(frozen=True, kw_only=True)
+class Schema:
+    """What a command can be told."""
+
+    command: str
+    root: type
+    tables: Mapping[str, str]
+    """The text of each table of settings by its dotted name; "" is the top."""
+    settings: Mapping[str, Setting]
+    """Every setting by its dotted name."""
+
+    @classmethod
+    def of(cls, root: type, *, command: str) -> Self:
+        """Return the schema of a command from its dataclass."""
+        classes = dict(_tables(root))
+        return cls(
+            command=command,
+            root=root,
+            tables={name: (table.__doc__ or "") for name, table in classes.items()},
+            settings={
+                setting.name: setting
+                for name, table in classes.items()
+                for setting in _settings(table, name)
+            },
+        )
+
+    def not_a_setting(self, name: str) -> str:
+        """Return the message for an unknown dotted name, with the nearest that exists."""
+        if name in self.tables:
+            example = next(s.name for s in self.settings.values() if s.table == name)
+            return f"{name} is a table of settings: give them one by one, such as {example}"
+        leaf = name.rpartition(".")[2]
+        nearest = [known for known in self.settings if known.rpartition(".")[2] == leaf]
+        if "." in name or not nearest:
+            candidates = nearest or [*self.settings, "config", "print_config", "help"]
+            cutoff = 0.0 if nearest else 0.5
+            nearest = difflib.get_close_matches(name, candidates, n=1, cutoff=cutoff)
+        see = f"see poweropd {self.command} --help"
+        hint = "did you mean " + " or ".join(nearest) + "?" if nearest else see
+        return f"{name} is not a setting; {hint}"
 
 
 def _tables(cls: type, name: str = "") -> Iterator[tuple[str, type]]:
@@ -91,7 +125,9 @@ def _tables(cls: type, name: str = "") -> Iterator[tuple[str, type]]:
 def _settings(cls: type, table: str) -> Iterator[Setting]:
     types = get_type_hints(cls)
     texts = {
-        p.arg_name: p.description or "" for p in docstring_parser.parse_from_object(cls).params
+        p.arg_name: p.description or ""
+        for base in reversed(cls.__mro__[:-1])
+        for p in docstring_parser.parse_from_object(base).params
     }
     for field in dataclasses.fields(cls):
         if not dataclasses.is_dataclass(types[field.name]):
@@ -105,10 +141,8 @@ def _settings(cls: type, table: str) -> Iterator[Setting]:
             )
 
 
-_CLASSES = dict(_tables(TrainConfig))
+TRAIN = Schema.of(TrainConfig, command="train")
+EVALUATION = Schema.of(EvaluationConfig, command="eval")
 
-TABLES = {name: (cls.__doc__ or "") for name, cls in _CLASSES.items()}
-"""The text of each table of settings by its dotted name; "" is the top."""
-
-SETTINGS = {s.name: s for table, cls in _CLASSES.items() for s in _settings(cls, table)}
-"""Every setting by its dotted name."""
+TABLES = TRAIN.tables
+SETTINGS = TRAIN.settings

@@ -5,30 +5,45 @@ import json
 import subprocess
 import sys
 import threading
+from dataclasses import dataclass
+from enum import Enum, auto
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
-from poweropd_megatron.config.schema import DataConfig
+from poweropd_megatron.config.schema import PromptConfig
 from poweropd_megatron.errors import ConfigError
 
 DEADLINE_SECONDS = 5.0
 START_DEADLINE_SECONDS = 120.0
+WORKER_MEMORY_BYTES = 4 * 2**30
+
+
+Failure = Literal["deadline", "crash", "memory", "unreadable answer"]
+"""Why a response could not be judged."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What came of checking a response."""
+
+    correct: bool
+    extracted: str | None = None
+    """What was taken for the response's answer, None where none was found."""
+    failure: Failure | None = None
+    """Set where the response is taken for wrong because it, or its answer, couldn't be judged."""
 
 
 class AnswerChecker(Protocol):
     """Decides whether responses are correct."""
 
-    num_failures: int
-    """Responses counted as wrong because they, or their answer, could not be judged."""
-
-    def check(self, response: str, answer: str) -> bool:
-        """Return whether the response ends in the answer."""
+    def check(self, response: str, answer: str, tolerance: float | None = None) -> Verdict:
+        """Return whether the response ends in the answer, or in a number within the tolerance."""
 
     def close(self) -> None:
         """Give back what the checker holds."""
 
 
-def build_answer_checker(data: DataConfig) -> AnswerChecker:
+def build_answer_checker(data: PromptConfig) -> AnswerChecker:
     """Return the checker that data.answer_check names; close it after use.
 
     Raises: ConfigError if data.answer_marker is empty, or math-verify is missing or doesn't start.
@@ -52,12 +67,17 @@ class ExactChecker:
 
     def __init__(self, marker: str) -> None:
         self.marker = marker
-        self.num_failures = 0
 
-    def check(self, response: str, answer: str) -> bool:
-        """Return whether the text after the last marker is the answer; False without a marker."""
+    def check(self, response: str, answer: str, tolerance: float | None = None) -> Verdict:
+        """Return whether the text after the last marker is the answer; not so without a marker.
+
+        A tolerance needs numbers, which this doesn't read: inputs.read_eval_prompts refuses it.
+        """
+        del tolerance
         _, marker, given = response.rpartition(self.marker)
-        return bool(marker) and given.strip() == answer.strip()
+        if not marker:
+            return Verdict(correct=False)
+        return Verdict(correct=given.strip() == answer.strip(), extracted=given.strip())
 
     def close(self) -> None:
         """Return at once: there is nothing to give back."""
@@ -67,24 +87,29 @@ class MathChecker:
     """Compares answers with math-verify in a worker process, which is killed if it takes too long.
 
     Sympy can compute for ever on what a model writes, where no exception reaches it; killing the
-    process always ends that. The next response gets a new worker.
+    process always ends that. The next response gets a new worker. A worker has so much memory and
+    no more.
     """
 
-    def __init__(self, *, deadline_seconds: float = DEADLINE_SECONDS) -> None:
+    def __init__(
+        self,
+        *,
+        deadline_seconds: float = DEADLINE_SECONDS,
+        memory_bytes: int = WORKER_MEMORY_BYTES,
+    ) -> None:
         self.deadline_seconds = deadline_seconds
-        self.num_failures = 0
-        self._worker = _start_worker()
+        self._memory_bytes = memory_bytes
+        self._worker = _start_worker(memory_bytes)
 
-    def check(self, response: str, answer: str) -> bool:
+    def check(self, response: str, answer: str, tolerance: float | None = None) -> Verdict:
         """Return whether the response's last answer is mathematically equal to the given one."""
         if self._worker.poll() is not None:
-            self._worker = _start_worker()
-        request = json.dumps({"response": response, "answer": answer})
+            self._worker = _start_worker(self._memory_bytes)
+        request = json.dumps({"response": response, "answer": answer, "tolerance": tolerance})
         reply = _exchange(self._worker, request, self.deadline_seconds)
-        verdict = json.loads(reply) if reply else None
-        if verdict is None:
-            self.num_failures += 1
-        return verdict is True
+        if isinstance(reply, str):
+            return Verdict(**json.loads(reply))
+        return Verdict(correct=False, failure="deadline" if reply is _Silence.EXPIRED else "crash")
 
     def close(self) -> None:
         """End the worker."""
@@ -94,14 +119,14 @@ class MathChecker:
 Worker = subprocess.Popen[str]
 
 
-def _start_worker() -> Worker:
+def _start_worker(memory_bytes: int) -> Worker:
     """Return a worker that is ready for requests.
 
     It is run by its file name, and -P keeps the file's folder out of its import path.
     """
     file = Path(__file__).with_name("math_worker.py")
     worker = subprocess.Popen(
-        [sys.executable, "-P", str(file)],
+        [sys.executable, "-P", str(file), str(memory_bytes)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         encoding="utf-8",
@@ -115,8 +140,15 @@ def _start_worker() -> Worker:
     return worker
 
 
-def _exchange(worker: Worker, request: str | None, deadline_seconds: float) -> str:
-    """Return the worker's next line after sending a request; "" if it died or had to be killed.
+class _Silence(Enum):
+    """Why no line came from a worker, which is gone then."""
+
+    EXPIRED = auto()
+    DIED = auto()
+
+
+def _exchange(worker: Worker, request: str | None, deadline_seconds: float) -> str | _Silence:
+    """Return the worker's next line after sending a request.
 
     The timer covers the writing too: a stopped worker leaves a full pipe.
     """
@@ -142,7 +174,7 @@ def _exchange(worker: Worker, request: str | None, deadline_seconds: float) -> s
         timer.join()
     if expired.is_set() or not reply.endswith("\n"):
         _stop(worker)
-        return ""
+        return _Silence.EXPIRED if expired.is_set() else _Silence.DIED
     return reply
 
 

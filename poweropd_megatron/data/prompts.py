@@ -1,15 +1,25 @@
 """Prompt files, read and checked in full before a run starts, and the endless stream of prompts."""
 
-import json
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from poweropd_megatron.config.schema import DataConfig
+from poweropd_megatron.config.schema import PromptConfig
+from poweropd_megatron.data import benchmarks
+from poweropd_megatron.data.rows import (
+    parse_row,
+    read_answer,
+    read_id,
+    read_tolerance,
+    refuse_lone_surrogates,
+    render,
+)
 from poweropd_megatron.data.tokenizer import Tokenizer
 from poweropd_megatron.errors import CheckpointError, InputError
+
+OWN_FORMAT = "prompt"
+"""The project's own format, in data.eval_formats."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,31 +32,38 @@ class Prompt:
     answer: str | None
     source: str
     """Stem of the file that it came from."""
+    id: str | None = None
+    """What the file calls it; read for evaluation only."""
+    tolerance: float | None = None
+    """A number is right if it differs from the answer by at most this."""
 
 
 def load_prompts(
     files: Sequence[str],
     tokenizer: Tokenizer,
-    data: DataConfig,
+    data: PromptConfig,
     *,
     setting: str,
     need_answers: bool,
 ) -> list[Prompt]:
     """Return the prompts of all files, in order.
 
-    A line is {"prompt": text} or {"messages": [{"role", "content"}, ...]}, with "answer" (text or a
-    whole number) where need_answers is set; other keys are ignored.
+    A line is {"prompt": text} or {"messages": [{"role", "content"}, ...]}; other keys are ignored.
+    With need_answers it also has "answer" (text or a whole number) and may have "id" and
+    "tolerance", or it is a row of one of the benchmarks.
 
     Raises: InputError, naming `setting` ("data.train_files"), the file and the line of the first
-    prompt that can't be used; also if need_answers and two files have one stem, which results are
-    reported under.
+    prompt that can't be used, or all lines without the answer that is needed; also if need_answers
+    and two files have one stem, which results are reported under, or two prompts one id.
     """
-    if need_answers:
-        _check_distinct_stems(files, setting)
+    if not need_answers:
+        return [
+            prompt for file in files for prompt in _load_file(Path(file), tokenizer, data, setting)
+        ]
+    _check_distinct_stems(files, setting)
+    _check_formats(files, data)
     return [
-        prompt
-        for file in files
-        for prompt in _load_file(Path(file), tokenizer, data, setting, need_answers)
+        prompt for file in files for prompt in _load_answered(Path(file), tokenizer, data, setting)
     ]
 
 
@@ -115,24 +132,71 @@ def _check_distinct_stems(files: Sequence[str], setting: str) -> None:
         seen[stem] = file
 
 
-def _load_file(
-    file: Path, tokenizer: Tokenizer, data: DataConfig, setting: str, need_answers: bool
+def _check_formats(files: Sequence[str], data: PromptConfig) -> None:
+    """Refuse formats of files that aren't there, and formats that don't exist."""
+    stems = [Path(file).stem for file in files]
+    for stem, name in data.eval_formats.items():
+        if stem not in stems:
+            raise InputError(
+                f"data.eval_formats names {stem!r}, but data.eval_files has {', '.join(stems)}"
+            )
+        if name not in (OWN_FORMAT, *benchmarks.FORMATS):
+            known = ", ".join((OWN_FORMAT, *benchmarks.FORMATS))
+            raise InputError(
+                f"data.eval_formats: {name!r} of {stem} is no known format; known are {known}"
+            )
+
+
+def _load_answered(
+    file: Path, tokenizer: Tokenizer, data: PromptConfig, setting: str
 ) -> Iterator[Prompt]:
-    """Yield the prompts of one file."""
+    """Yield the prompts of one file, all with answers, and no two with one id."""
+    missing: list[int] = []
+    line_of: dict[str, int] = {}
+    for number, prompt in enumerate(
+        _load_file(file, tokenizer, data, setting, is_answered=True), start=1
+    ):
+        if prompt.answer is None:
+            missing.append(number)
+        if prompt.id is not None and line_of.setdefault(prompt.id, number) != number:
+            raise InputError(
+                f"{setting}: {file}:{number} has the id {prompt.id!r} of line "
+                f"{line_of[prompt.id]}; remove one, or give each its own"
+            )
+        yield prompt
+    if missing:
+        first, *others = missing
+        shown = ", ".join(map(str, others[:10])) + (", ..." if len(others) > 10 else "")
+        also = f"; nor have {len(others)} other lines: {shown}" if others else ""
+        raise InputError(f'{setting}: {file}:{first} has no "answer", which evaluation needs{also}')
+
+
+def _load_file(
+    file: Path, tokenizer: Tokenizer, data: PromptConfig, setting: str, *, is_answered: bool = False
+) -> Iterator[Prompt]:
+    """Yield the prompts of one file; with is_answered, read what evaluation needs beside them."""
     if not file.is_file():
         raise InputError(f"{setting}: {file} is not a file")
     num_lines = 0
+    named = data.eval_formats.get(file.stem)
+    format = benchmarks.FORMATS.get(named) if named else None
     try:
         with file.open(encoding="utf-8") as lines:
             for num_lines, line in enumerate(lines, start=1):
                 place = f"{setting}: {file}:{num_lines}"
-                row = _parse_row(line, place)
-                text = _render(row, tokenizer, data, place)
+                row = parse_row(line, place)
+                if is_answered and num_lines == 1 and not named:
+                    format = benchmarks.detect(row, stem=file.stem, place=place)
+                if is_answered and format:
+                    row = benchmarks.as_prompt(row, format, place)
+                text = render(row, tokenizer, data, place)
                 yield Prompt(
                     text=text,
                     token_ids=_encode(text, tokenizer, data.max_prompt_length, place),
-                    answer=_read_answer(row, need_answers, place),
+                    answer=read_answer(row, place),
                     source=file.stem,
+                    id=read_id(row, place) if is_answered else None,
+                    tolerance=read_tolerance(row, place) if is_answered else None,
                 )
     except UnicodeDecodeError as error:
         raise InputError(f"{setting}: {file} is not UTF-8 text: {error}") from error
@@ -140,105 +204,9 @@ def _load_file(
         raise InputError(f"{setting}: {file} is empty; expected one JSON object a line")
 
 
-def _parse_row(line: str, place: str) -> dict[str, Any]:
-    """Return the JSON object of a line."""
-    if not line.strip():
-        raise InputError(f"{place} is blank; expected a JSON object, so remove the line")
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{place} is not valid JSON: {error}") from error
-    # Python's own limits: on the digits of a whole number, and on how deep lists may be nested.
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{place} can't be read as JSON: {error}") from error
-    if not isinstance(row, dict):
-        raise InputError(f"{place}: expected a JSON object, got {type(row).__name__}")
-    return row
-
-
-def _render(row: Mapping[str, Any], tokenizer: Tokenizer, data: DataConfig, place: str) -> str:
-    """Return the text that the model reads: with the suffix, and through the chat template."""
-    if ("prompt" in row) == ("messages" in row):
-        both = "both" if "prompt" in row else "neither"
-        raise InputError(f'{place}: expected one of "prompt" and "messages", got {both}')
-    if "messages" in row:
-        if not data.apply_chat_template:
-            raise InputError(f'{place}: "messages" need data.apply_chat_template = true')
-        messages = _read_messages(row["messages"], data.prompt_suffix, place)
-    else:
-        prompt = _read_text(row["prompt"], '"prompt"', place) + data.prompt_suffix
-        if not data.apply_chat_template:
-            return prompt
-        messages = [{"role": "user", "content": prompt}]
-    try:
-        return tokenizer.render_chat(messages, **data.chat_template_kwargs)
-    except InputError as error:
-        raise InputError(f"{place}: {error}") from error
-
-
-def _read_messages(messages: Any, suffix: str, place: str) -> list[dict[str, Any]]:
-    """Return a conversation that waits for the model, suffix added to its last user message."""
-    if not isinstance(messages, list) or not messages:
-        raise InputError(f'{place}: "messages" must be a list of {{"role", "content"}}')
-    for message in messages:
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise InputError(f'{place}: every message needs a "role" and a "content"')
-        _read_text(message.get("content"), f'"content" of the {message["role"]} message', place)
-    if messages[-1]["role"] == "assistant":
-        raise InputError(
-            f"{place}: the last message is the assistant's, but the model is to write it; remove it"
-        )
-    if not suffix:
-        return messages
-    user_turns = [index for index, message in enumerate(messages) if message["role"] == "user"]
-    if not user_turns:
-        raise InputError(f"{place}: no user message to add data.prompt_suffix to")
-    last = messages[user_turns[-1]]
-    extended = {**last, "content": last["content"] + suffix}
-    return [extended if message is last else message for message in messages]
-
-
-def _read_text(value: Any, name: str, place: str) -> str:
-    """Return a text that must be there and not blank."""
-    if not isinstance(value, str):
-        raise InputError(f"{place}: {name} must be text, got {type(value).__name__}")
-    if not value.strip():
-        raise InputError(f"{place}: {name} is blank")
-    _refuse_lone_surrogates(value, name, place)
-    return value
-
-
-def _refuse_lone_surrogates(text: str, name: str, place: str) -> None:
-    """Refuse what JSON can escape, but neither a tokenizer nor a UTF-8 file can take."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise InputError(
-            f"{place}: {name} has {text[error.start]!r} at character {error.start + 1}, half of a "
-            "surrogate pair, which is no character; write the whole pair or remove it"
-        ) from error
-
-
-def _read_answer(row: Mapping[str, Any], need_answers: bool, place: str) -> str | None:
-    """Return the answer as text; None if there is none and none is needed."""
-    answer = row.get("answer")
-    if answer is None:
-        if need_answers:
-            raise InputError(f'{place} has no "answer", which evaluation needs')
-        return None
-    if isinstance(answer, int) and not isinstance(answer, bool):
-        return str(answer)
-    if not isinstance(answer, str):
-        raise InputError(
-            f'{place}: "answer" must be text or a whole number, got {type(answer).__name__}; '
-            "write it as text"
-        )
-    return _read_text(answer, '"answer"', place)
-
-
 def _encode(text: str, tokenizer: Tokenizer, max_length: int, place: str) -> tuple[int, ...]:
     """Return the token ids of a prompt that has some, and not too many."""
-    _refuse_lone_surrogates(text, "the text that the model reads", place)
+    refuse_lone_surrogates(text, "the text that the model reads", place)
     token_ids = tuple(tokenizer.encode(text))
     if not token_ids:
         raise InputError(

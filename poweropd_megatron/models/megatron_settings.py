@@ -6,7 +6,7 @@ rounding. A field that isn't listed is refused, so that nothing is ignored.
 
 import dataclasses
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, Literal, get_type_hints
 
@@ -104,15 +104,26 @@ def check_megatron_settings(config: TrainConfig) -> None:
     Needs no process group, and comes out alike on every rank.
     Raises: ConfigError that names the setting, and what to use instead.
     """
-    _check_names("student", config.student.megatron)
-    _check_names("teacher", config.teacher.megatron)
+    _check_names("student", config.student.megatron, STUDENT)
+    check_inference_settings("teacher", config.teacher.megatron)
     _check_effects(config)
 
 
-def _check_names(model: Literal["student", "teacher"], megatron: Mapping[str, Any]) -> None:
+def check_inference_settings(
+    model: Literal["student", "teacher"], megatron: Mapping[str, Any]
+) -> None:
+    """Return if the settings given by name have an effect on a model that isn't trained.
+
+    Raises: ConfigError that names the setting, and what to use instead.
+    """
+    _check_names(model, megatron, TEACHER)
+
+
+def _check_names(
+    model: Literal["student", "teacher"], megatron: Mapping[str, Any], accepted: Sequence[str]
+) -> None:
     classes = (TransformerConfig, DistributedDataParallelConfig, OptimizerConfig)
     types = {name: kind for cls in classes for name, kind in get_type_hints(cls).items()}
-    accepted = STUDENT if model == "student" else TEACHER
     for name, value in megatron.items():
         setting = f"{model}.megatron.{name}"
         if name not in types:
@@ -122,18 +133,18 @@ def _check_names(model: Literal["student", "teacher"], megatron: Mapping[str, An
                 f"{', '.join(nearest)}"
             )
         if name not in accepted:
-            raise ConfigError(f"{setting} can't be given: {_reason(model, name)}")
+            raise ConfigError(f"{setting} can't be given: {_reason(model, name, accepted)}")
         if not conforms(value, types[name]):
             raise ConfigError(f"{setting} must be {describe(types[name])}, not {value!r}")
 
 
-def _reason(model: str, name: str) -> str:
+def _reason(model: str, name: str, accepted: Sequence[str]) -> str:
     for patterns, reason in _REFUSED:
         if any(fnmatchcase(name, pattern) for pattern in patterns):
             return reason.format(model=model, field=name)
-    if model == "teacher" and name in STUDENT:
-        return "it is for training, and the teacher only scores"
-    accepted = STUDENT if model == "student" else TEACHER
+    if name in STUDENT:
+        does = "only scores" if model == "teacher" else "isn't trained here"
+        return f"it is for training, and the {model} {does}"
     return f"it would have no effect, or change the model; {', '.join(accepted)} can be"
 
 

@@ -1,7 +1,10 @@
 """The ranks of the job: starting, agreeing on errors, sharing rows."""
 
+import logging
 import os
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
@@ -9,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from poweropd_megatron.errors import UserError
+from poweropd_megatron.interruption import Interrupted
 from poweropd_megatron.parallel import cpu_device
 
 
@@ -34,6 +38,32 @@ def start(*, timeout_minutes: float) -> torch.device:
         device_id=device if device.type == "cuda" else None,
     )
     return device
+
+
+@contextmanager
+def joined(*, timeout_minutes: float) -> Iterator[torch.device]:
+    """Join the job for the length of the block, and give this rank's device."""
+    device = start(timeout_minutes=timeout_minutes)
+    try:
+        yield device
+    except Interrupted:
+        raise  # The other ranks may have gone already; leaving the group would wait for them.
+    except BaseException:
+        dist.destroy_process_group()
+        raise
+    else:
+        dist.destroy_process_group()
+
+
+def hush_libraries() -> None:
+    """Keep to themselves what Megatron and torch say at import of optional packages and old names.
+
+    A rank prints some twenty such lines before its first step; errors still come through.
+    """
+    warnings.filterwarnings("ignore", module=r"megatron\.")
+    warnings.filterwarnings("ignore", module=r"torch\.distributed\.")
+    for name in ("megatron.core", "torch.utils.cpp_extension"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def agreed[T](step: Callable[[], T]) -> T:

@@ -10,13 +10,13 @@ from poweropd_megatron.checkpoint.store import CheckpointStore
 from poweropd_megatron.config.ranks import student_ranks, teacher_ranks
 from poweropd_megatron.config.schema import TrainConfig
 from poweropd_megatron.data.prompts import PromptStream
+from poweropd_megatron.evaluation.evaluator import Evaluator
 from poweropd_megatron.models.build import TORCH_DTYPES
 from poweropd_megatron.objectives.rewards import build_reward
 from poweropd_megatron.parallel import cpu_device
 from poweropd_megatron.parallel.layout import student_layout, teacher_layout
 from poweropd_megatron.rollout.megatron_engine import MegatronRolloutEngine
 from poweropd_megatron.rollout.sampling import Sampling
-from poweropd_megatron.train.evaluation import Evaluator
 from poweropd_megatron.train.inputs import RunInputs
 from poweropd_megatron.train.loop import Run
 from poweropd_megatron.train.recorder import Recorder

@@ -1,18 +1,21 @@
 """Everything that a run reads before it touches a model, checked while an error costs nothing."""
 
 from dataclasses import dataclass
-from itertools import groupby
 
 from poweropd_megatron.config import rules
 from poweropd_megatron.config.schema import TrainConfig
 from poweropd_megatron.data.answers import AnswerChecker, build_answer_checker
 from poweropd_megatron.data.prompts import Prompt, load_prompts
 from poweropd_megatron.data.tokenizer import Tokenizer, check_same_vocabulary
-from poweropd_megatron.errors import ConfigError, InputError
-from poweropd_megatron.models.families import read_model_config
+from poweropd_megatron.errors import ConfigError
+from poweropd_megatron.evaluation.prompts import longest, read_eval_prompts
 from poweropd_megatron.models.model_config import ModelConfig
-from poweropd_megatron.models.weight_source import open_weights
-from poweropd_megatron.ops.backends import reference_is_asked_for
+from poweropd_megatron.models.model_inputs import (
+    check_kernels,
+    check_positions,
+    check_tokens,
+    read_model,
+)
 from poweropd_megatron.telemetry.trackers import check_trackers
 from poweropd_megatron.train.output_folder import check_place
 
@@ -40,31 +43,15 @@ def read_inputs(config: TrainConfig, *, world_size: int) -> RunInputs:
     """
     rules.check(config, world_size)
     check_trackers(config.telemetry)
-    _check_kernels()
+    check_kernels()
     check_place(config)
     if config.student.megatron or config.teacher.megatron:
         # Megatron takes seconds to import.
         from poweropd_megatron.models.megatron_settings import check_megatron_settings
 
         check_megatron_settings(config)
-    models = {}
-    for name, part in (("student", config.student), ("teacher", config.teacher)):
-        setting = f"{name}.path"
-        model = read_model_config(part.path, setting=setting)
-        open_weights(model, part.path, setting=setting)
-        rules.check_model_layout(
-            "student" if name == "student" else "teacher",
-            part.parallel,
-            part.megatron,
-            num_layers=model.num_layers,
-            num_attention_heads=model.num_attention_heads,
-            num_query_groups=model.num_query_groups,
-            kv_channels=model.kv_channels,
-            ffn_hidden_size=model.ffn_hidden_size,
-            num_moe_experts=model.experts.num_moe_experts if model.experts else None,
-        )
-        models[name] = model
-    student, teacher = models["student"], models["teacher"]
+    student = read_model("student", config.student)
+    teacher = read_model("teacher", config.teacher)
     tokenizer = Tokenizer.from_folder(config.student.path, setting="student.path")
     teacher_tokenizer = Tokenizer.from_folder(config.teacher.path, setting="teacher.path")
     check_same_vocabulary(tokenizer, teacher_tokenizer)
@@ -76,13 +63,7 @@ def read_inputs(config: TrainConfig, *, world_size: int) -> RunInputs:
         setting="data.train_files",
         need_answers=False,
     )
-    eval_prompts = load_prompts(
-        config.data.eval_files,
-        tokenizer,
-        config.data,
-        setting="data.eval_files",
-        need_answers=True,
-    )
+    eval_prompts = read_eval_prompts(config.data, tokenizer, max_prompts=config.eval.max_prompts)
     _check_terminal(config, student, teacher_tokenizer.eos_token_id)
     inputs = RunInputs(
         student=student,
@@ -90,21 +71,11 @@ def read_inputs(config: TrainConfig, *, world_size: int) -> RunInputs:
         tokenizer=tokenizer,
         teacher_eos_id=teacher_tokenizer.eos_token_id,
         train_prompts=train_prompts,
-        eval_prompts={
-            source: list(prompts)[: config.eval.max_prompts]
-            for source, prompts in groupby(eval_prompts, key=lambda prompt: prompt.source)
-        },
+        eval_prompts=eval_prompts,
         answer_checker=build_answer_checker(config.data),
     )
     _check_lengths(config, inputs)
     return inputs
-
-
-def _check_kernels() -> None:
-    try:
-        reference_is_asked_for()
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
 
 
 def _check_vocabulary_sizes(
@@ -115,11 +86,7 @@ def _check_vocabulary_sizes(
             f"student.path has vocab_size {student.vocab_size}, more than teacher.path's "
             f"{teacher.vocab_size}: it couldn't score every token that the student generates"
         )
-    if tokenizer.vocab_size > student.vocab_size:
-        raise InputError(
-            f"student.path: the tokenizer has {tokenizer.vocab_size} tokens, but config.json "
-            f"says vocab_size {student.vocab_size}"
-        )
+    check_tokens(student, tokenizer)
 
 
 def _check_terminal(config: TrainConfig, student: ModelConfig, teacher_eos_id: int) -> None:
@@ -138,15 +105,9 @@ def _check_lengths(config: TrainConfig, inputs: RunInputs) -> None:
         ("rollout.max_new_tokens", config.rollout.max_new_tokens, longest_train, "student"),
         ("rollout.max_new_tokens", config.rollout.max_new_tokens, longest_train, "teacher"),
     ]
-    evaluated = [prompt for prompts in inputs.eval_prompts.values() for prompt in prompts]
-    if evaluated:
-        longest_eval = max(len(prompt.token_ids) for prompt in evaluated)
+    if inputs.eval_prompts:
+        longest_eval = longest(inputs.eval_prompts)
         needs.append(("eval.max_new_tokens", config.eval.max_new_tokens, longest_eval, "student"))
     for setting, new_tokens, prompt_length, name in needs:
         model = inputs.student if name == "student" else inputs.teacher
-        if prompt_length + new_tokens > model.max_position_embeddings:
-            raise ConfigError(
-                f"{setting} = {new_tokens} after a prompt of {prompt_length} tokens exceeds the "
-                f"{name}'s max_position_embeddings ({model.max_position_embeddings}): use at most "
-                f"{model.max_position_embeddings - prompt_length}, or leave out the long prompts"
-            )
+        check_positions(setting, new_tokens, prompt_length, name, model)

@@ -6,13 +6,13 @@ from poweropd_megatron.checkpoint.run_state import RunState
 from poweropd_megatron.checkpoint.store import CheckpointStore
 from poweropd_megatron.config.schema import TrainConfig
 from poweropd_megatron.data.prompts import PromptStream
+from poweropd_megatron.evaluation.evaluator import Evaluation, Evaluator
 from poweropd_megatron.objectives.labels import Labels, label
 from poweropd_megatron.objectives.rewards import BatchReward, Reward
 from poweropd_megatron.rollout.engine import RolloutEngine
 from poweropd_megatron.rollout.sampling import Sampling
 from poweropd_megatron.rollout.trajectories import Trajectories
 from poweropd_megatron.train.clock import Clock
-from poweropd_megatron.train.evaluation import Evaluation, Evaluator
 from poweropd_megatron.train.recorder import Recorder
 from poweropd_megatron.train.step_metrics import (
     padding_metrics,

@@ -1,11 +1,7 @@
 """What may be in output_dir before a run, and whose it is: nothing but a run's own is replaced."""
 
 import dataclasses
-import fcntl
 import json
-import os
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +10,7 @@ from poweropd_megatron.config.load import read_toml
 from poweropd_megatron.config.rules import frozen_differences
 from poweropd_megatron.config.schema import TrainConfig
 from poweropd_megatron.errors import ConfigError
-from poweropd_megatron.parallel import world
+from poweropd_megatron.output_dir import check_output_dir
 
 CONFIG_NAME, EXPORT_NAME = "config.toml", "export"
 RECORDS = ("metrics.jsonl", "diagnostics.jsonl", "samples.jsonl", "summary.json", "report.html")
@@ -26,13 +22,7 @@ def check_place(config: TrainConfig) -> None:
     Raises: ConfigError.
     """
     path = Path(config.output_dir)
-    if path.exists() and not path.is_dir():
-        raise ConfigError(f"output_dir: {path.absolute()} is a file; name a folder")
-    existing = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
-    if not existing.is_dir():
-        raise ConfigError(f"output_dir: {existing} is a file; name a folder that can be made")
-    if not os.access(existing, os.W_OK):
-        raise ConfigError(f"output_dir: {existing} can't be written to; name another folder")
+    check_output_dir(path)
     export = path / EXPORT_NAME
     for name, model in (("student", config.student.path), ("teacher", config.teacher.path)):
         if Path(model).resolve().is_relative_to(export.resolve()):
@@ -92,26 +82,6 @@ def finished_summary(config: TrainConfig) -> dict[str, Any] | None:
         return summary if summary["steps"] == config.train_steps else None
     except (OSError, ValueError, TypeError, KeyError):
         return None
-
-
-@contextmanager
-def claimed(config: TrainConfig) -> Iterator[None]:
-    """Hold output_dir for this run, on rank 0."""
-    folder = Path(config.output_dir)
-    with ExitStack() as held:
-
-        def claim() -> None:
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-                lock = held.enter_context((folder / ".lock").open("w"))
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ConfigError(f"output_dir: another run is writing to {folder}") from None
-            except OSError as error:
-                raise ConfigError(f"output_dir: {folder} can't be locked: {error}") from None
-
-        world.on_first_rank(claim)
-        yield
 
 
 def _checkpoints(config: TrainConfig) -> list[int]:

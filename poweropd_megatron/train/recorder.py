@@ -13,6 +13,7 @@ from typing import Any
 from poweropd_megatron import interruption
 from poweropd_megatron.checkpoint.store import CheckpointStore
 from poweropd_megatron.config.schema import TrainConfig
+from poweropd_megatron.evaluation.evaluator import Evaluation
 from poweropd_megatron.interruption import Interrupted
 from poweropd_megatron.telemetry.console import Console
 from poweropd_megatron.telemetry.report import write_report
@@ -25,7 +26,6 @@ from poweropd_megatron.telemetry.trackers import (
     start_trackers,
 )
 from poweropd_megatron.train.batching import Batching
-from poweropd_megatron.train.evaluation import Evaluation
 from poweropd_megatron.train.inputs import RunInputs
 from poweropd_megatron.train.step_metrics import TRAINING_PHASES
 

@@ -1,19 +1,16 @@
 """A run from its settings to its export: read, check, build or resume, train, export, report."""
 
-import logging
 import os
-import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from poweropd_megatron.checkpoint.store import CheckpointStore
 from poweropd_megatron.config.load import to_toml
 from poweropd_megatron.config.schema import TrainConfig
 from poweropd_megatron.environment import world_size
-from poweropd_megatron.interruption import Interrupted
+from poweropd_megatron.output_dir import claimed
 from poweropd_megatron.parallel import world
 from poweropd_megatron.telemetry.console import Console
 from poweropd_megatron.telemetry.sinks import replace_text
@@ -22,7 +19,6 @@ from poweropd_megatron.train.output_folder import (
     CONFIG_NAME,
     EXPORT_NAME,
     check_same_run,
-    claimed,
     finished_summary,
 )
 
@@ -33,7 +29,7 @@ def run_training(config: TrainConfig) -> None:
     What can be checked without a model is checked before Megatron is imported.
     Raises: UserError, on every rank, for anything that the user can mend; Interrupted.
     """
-    _hush_libraries()
+    world.hush_libraries()
     inputs = read_inputs(config, world_size=world_size() or 1)
     check_same_run(config)
     summary = finished_summary(config)
@@ -41,30 +37,14 @@ def run_training(config: TrainConfig) -> None:
         _tell_again(config, summary)
         inputs.answer_checker.close()
         return
-    device = world.start(timeout_minutes=config.distributed_timeout_minutes)
     try:
-        with claimed(config):
+        with (
+            world.joined(timeout_minutes=config.distributed_timeout_minutes) as device,
+            claimed(Path(config.output_dir)),
+        ):
             _train(config, inputs, device)
-    except Interrupted:
-        raise  # The other ranks may have gone already; leaving the group would wait for them.
-    except BaseException:
-        dist.destroy_process_group()
-        raise
-    else:
-        dist.destroy_process_group()
     finally:
         inputs.answer_checker.close()
-
-
-def _hush_libraries() -> None:
-    """Keep to themselves what Megatron and torch say at import of optional packages and old names.
-
-    A rank prints some twenty such lines before its first step; errors still come through.
-    """
-    warnings.filterwarnings("ignore", module=r"megatron\.")
-    warnings.filterwarnings("ignore", module=r"torch\.distributed\.")
-    for name in ("megatron.core", "torch.utils.cpp_extension"):
-        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def _tell_again(config: TrainConfig, summary: dict[str, Any]) -> None:

@@ -242,6 +242,13 @@ def test_quickstart_runs_two_processes_except_on_one_gpu(launcher):
             assert (f"--{model}.{layout}\n1\n" in arguments) == (processes == 1)
 
 
+def test_evaluation_is_started_as_training_is(launcher):
+    launcher.run("--config", "a b.toml", script="eval.sh")
+    assert launcher.report(0)["argv"] == ["eval", "--config", "a b.toml"]
+    launcher.run("--wrong", script="eval.sh", code=2)
+    assert launcher.torchrun("eval", "--help_me") == launcher.torchrun("--help_me")
+
+
 def test_two_runs_share_a_machine_one_ends_on_bad_input_and_one_on_a_signal(launcher, tmp_path):
     other = tmp_path / "other"
     other.mkdir()

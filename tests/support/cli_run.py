@@ -125,16 +125,31 @@ def train(arguments: Sequence[str], *, world_size: int = 1, **environment: str) 
         return run.wait()
 
 
+def evaluate(arguments: Sequence[str], *, world_size: int = 1, **environment: str) -> Ended:
+    """Return an evaluation on forked ranks after its end."""
+    with ForkedRun(arguments, world_size=world_size, command="eval", **environment) as run:
+        return run.wait()
+
+
 class ForkedRun:
-    """`poweropd train` on ranks that run now; leaving the block ends them."""
+    """A command, by default train, on ranks that run now; leaving the block ends them."""
 
     def __init__(
-        self, arguments: Sequence[str], *, world_size: int = 1, **environment: str
+        self,
+        arguments: Sequence[str],
+        *,
+        world_size: int = 1,
+        command: str = "train",
+        **environment: str,
     ) -> None:
         """Start the ranks, with these variables in their environment."""
         self._logs = Path(tempfile.mkdtemp(prefix="ranks-"))
         self._ranks = fork(
-            _train, list(arguments), world_size=world_size, logs=self._logs, **environment
+            _poweropd,
+            [command, *arguments],
+            world_size=world_size,
+            logs=self._logs,
+            **environment,
         )
 
     def __enter__(self) -> Self:
@@ -269,10 +284,10 @@ def _be_rank(
     target(*args)
 
 
-def _train(arguments: list[str]) -> None:
+def _poweropd(arguments: list[str]) -> None:
     from poweropd_megatron.cli.main import main
 
-    sys.exit(main(["train", *arguments]))
+    sys.exit(main(arguments))
 
 
 def _free_port() -> int:

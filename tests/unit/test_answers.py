@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +11,12 @@ from pathlib import Path
 import pytest
 
 from poweropd_megatron.config.schema import DataConfig
-from poweropd_megatron.data.answers import ExactChecker, MathChecker, build_answer_checker
+from poweropd_megatron.data.answers import (
+    ExactChecker,
+    MathChecker,
+    Verdict,
+    build_answer_checker,
+)
 from poweropd_megatron.errors import ConfigError
 
 
@@ -39,13 +45,12 @@ def math_checker() -> Iterator[MathChecker]:
 def test_exact_compares_what_follows_the_last_marker(
     response: str, answer: str, expected: bool
 ) -> None:
-    assert ExactChecker("#").check(response, answer) is expected
+    assert ExactChecker("#").check(response, answer).correct is expected
 
 
 def test_build_takes_the_marker_of_the_settings() -> None:
     checker = build_answer_checker(DataConfig(train_files=[], answer_marker="Answer:"))
-    assert checker.check("1 # 2 Answer: 3", "3")
-    assert checker.num_failures == 0
+    assert checker.check("1 # 2 Answer: 3", "3") == Verdict(correct=True, extracted="3")
     checker.close()
 
 
@@ -93,15 +98,13 @@ def test_worker_that_does_not_start_is_a_config_error(
 def test_math_compares_values(
     math_checker: MathChecker, response: str, answer: str, expected: bool
 ) -> None:
-    before = math_checker.num_failures
-    assert math_checker.check(response, answer) is expected
-    assert math_checker.num_failures == before
+    verdict = math_checker.check(response, answer)
+    assert (verdict.correct, verdict.failure) == (expected, None)
 
 
 def test_math_counts_an_answer_that_it_cannot_read(math_checker: MathChecker) -> None:
-    before = math_checker.num_failures
-    assert math_checker.check(r"\boxed{3}", "") is False
-    assert math_checker.num_failures == before + 1
+    verdict = math_checker.check(r"\boxed{3}", "")
+    assert verdict == Verdict(correct=False, failure="unreadable answer")
 
 
 def test_build_gives_the_math_checker() -> None:
@@ -115,12 +118,11 @@ def test_endless_computation_is_cut_at_the_deadline() -> None:
     pytest.importorskip("math_verify")
     checker = MathChecker(deadline_seconds=1.0)
     start = time.monotonic()
-    assert checker.check(r"\boxed{9^{9^{9^{9^9}}}}", "5") is False
+    verdict = checker.check(r"\boxed{9^{9^{9^{9^9}}}}", "5")
+    assert verdict == Verdict(correct=False, failure="deadline")
     assert time.monotonic() - start < 5
-    assert checker.num_failures == 1
     checker.deadline_seconds = 30.0
-    assert checker.check(r"\boxed{5}", "5") is True
-    assert checker.num_failures == 1
+    assert checker.check(r"\boxed{5}", "5") == Verdict(correct=True, extracted="5")
     checker.close()
 
 
@@ -131,12 +133,12 @@ def test_stopped_worker_is_replaced(length: int) -> None:
     checker = MathChecker(deadline_seconds=1.0)
     stopped = checker._worker.pid
     os.kill(stopped, signal.SIGSTOP)
-    assert checker.check("x" * length + r"\boxed{5}", "5") is False
-    assert checker.num_failures == 1
+    verdict = checker.check("x" * length + r"\boxed{5}", "5")
+    assert verdict == Verdict(correct=False, failure="deadline")
     with pytest.raises(ProcessLookupError):
         os.kill(stopped, 0)
     checker.deadline_seconds = 30.0
-    assert checker.check(r"\boxed{5}", "5") is True
+    assert checker.check(r"\boxed{5}", "5").correct
     checker.close()
 
 
@@ -145,8 +147,7 @@ def test_dead_worker_is_replaced_before_the_next_answer() -> None:
     checker = MathChecker()
     checker._worker.kill()
     checker._worker.wait()
-    assert checker.check(r"\boxed{5}", "5") is True
-    assert checker.num_failures == 0
+    assert checker.check(r"\boxed{5}", "5").correct
     checker.close()
 
 
@@ -158,3 +159,47 @@ def test_close_ends_the_worker_and_may_be_repeated() -> None:
     checker.close()
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
+
+
+@pytest.mark.parametrize(
+    ("response", "answer", "tolerance", "expected"),
+    [
+        (r"\boxed{4.95}", "4.9", 0.1, True),
+        (r"\boxed{5}", "4.9", 0.1, True),
+        (r"\boxed{5.01}", "4.9", 0.1, False),
+        (r"\boxed{4.95}", "4.9", None, False),
+        (r"\boxed{3.05, 1}", "1.0, 3", 0.1, True),
+        (r"\boxed{3.05}", "1.0, 3", 0.1, False),
+        (r"\boxed{x}", "4.9", 0.1, False),
+        ("I do not know", "4.9", 0.1, False),
+        (r"\boxed{-3, 3}", "3, -3", None, True),
+        (r"\boxed{3}", "3, -3", None, False),
+    ],
+)
+def test_math_allows_a_tolerance_and_compares_several_answers_as_a_set(
+    math_checker: MathChecker, response: str, answer: str, tolerance: float | None, expected: bool
+) -> None:
+    verdict = math_checker.check(response, answer, tolerance)
+    assert (verdict.correct, verdict.failure) == (expected, None)
+
+
+def test_a_worker_that_dies_over_a_response_is_told_from_one_that_is_slow() -> None:
+    pytest.importorskip("math_verify")
+    checker = MathChecker(deadline_seconds=30.0)
+    os.kill(checker._worker.pid, signal.SIGSTOP)
+    killer = threading.Timer(0.2, os.kill, (checker._worker.pid, signal.SIGKILL))
+    killer.start()
+    verdict = checker.check(r"\boxed{5}", "5")
+    killer.join()
+    checker.close()
+    assert verdict == Verdict(correct=False, failure="crash")
+
+
+def test_a_response_that_needs_too_much_memory_is_not_judged() -> None:
+    pytest.importorskip("math_verify")
+    checker = MathChecker(deadline_seconds=60.0, memory_bytes=200 * 2**20)
+    verdict = checker.check("x " * 40_000_000 + r"\boxed{5}", "5")
+    assert verdict.failure in ("memory", "crash")
+    assert not verdict.correct
+    assert checker.check(r"\boxed{5}", "5").correct
+    checker.close()

@@ -92,6 +92,8 @@ def test_train_help_answers_in_half_a_second():
         (["train", "--config", RECIPE, "--optimizer.lrr", "1"], 2),
         (["train", "--config", RECIPE, "--objective.alpha", "0"], 2),
         (["train", "--config", RECIPE], 2),
+        (["eval", "--help"], 0),
+        (["eval", "--student.path=m", "--output_dir=o"], 2),
     ],
 )
 def test_nothing_heavy_is_imported_for_an_answer_about_settings(arguments, code):

@@ -76,7 +76,7 @@ def test_good_inputs_are_read_and_nothing_is_written(config: TrainConfig) -> Non
     assert inputs.train_prompts[0].token_ids == (4, 13, 5, 13, 6, 14)
     answers = {source: [p.answer for p in ps] for source, ps in inputs.eval_prompts.items()}
     assert answers == {"held_out": ["2", "3", "4"], "more": ["27"]}
-    assert inputs.answer_checker.check("9+9=18;18+9=27#27", "27")
+    assert inputs.answer_checker.check("9+9=18;18+9=27#27", "27").correct
     assert not Path(config.output_dir).exists()
 
 

@@ -8,9 +8,9 @@ import pytest
 from support.run_settings import small_run
 
 from poweropd_megatron.config.schema import TrainConfig
+from poweropd_megatron.evaluation.evaluator import Evaluation
 from poweropd_megatron.interruption import Interrupted
 from poweropd_megatron.train.batching import Batching
-from poweropd_megatron.train.evaluation import Evaluation
 from poweropd_megatron.train.recorder import Recorder, summarise
 
 PHASES = {f"time/{phase}_seconds": 1.0 for phase in ("rollout", "teacher", "student")}
