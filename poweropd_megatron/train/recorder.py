@@ -105,13 +105,20 @@ class Recorder:
             f"prompts: {len(inputs.train_prompts)} to train on, {num_eval} held out; objective: "
             f"{objective_label(asdict(config.objective))}, {config.objective.head} LM head"
         )
-        rollout = config.rollout
+        rollout, weighed = config.rollout, config.objective.importance_ratio != "none"
+        if config.mini_batch_size not in (None, config.global_batch_size) and not weighed:
+            self.warning(
+                f"all but the first of the mini-batches of {config.mini_batch_size} responses are "
+                "of weights that have been updated since; objective.importance_ratio = 'token' "
+                "weighs them"
+            )
         if rollout.temperature != 1 or rollout.top_p < 1 or rollout.top_k:
             self.warning(
                 f"responses are drawn at temperature {rollout.temperature:g}, "
                 f"top_p {rollout.top_p:g}, top_k {rollout.top_k}, but scored with the whole "
                 "softmax at temperature 1; rollout/truncated_mass and rollout/logp_gap say how "
                 "far apart that is"
+                + ("" if weighed else ", objective.importance_ratio weighs them")
             )
 
     def info(self, text: str) -> None:
