@@ -4,6 +4,8 @@ import os
 
 from poweropd_megatron.errors import ConfigError
 
+RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
 
 def world_size() -> int | None:
     """Return the number of ranks that torchrun started, None without it. Raises: ConfigError."""

@@ -1,5 +1,6 @@
 """Ctrl-C and SIGTERM as an exception that ends a run in good order."""
 
+import ctypes
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,6 +8,9 @@ from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _received: list[int] = []
+_PR_SET_PDEATHSIG = 1
+"""Source: prctl(2), linux/prctl.h."""
+_LIBC = ctypes.CDLL(None)
 
 
 class Interrupted(BaseException):
@@ -55,6 +59,14 @@ def raised() -> Iterator[None]:
         if isinstance(error, Interrupted):
             raise
         raise Interrupted(_received[0]) from None
+
+
+def end_with_parent() -> None:
+    """Have the kernel send this process SIGTERM when the one that started it dies, however.
+
+    For subprocess's preexec_fn; what starts the process is its parent's thread, which must live on.
+    """
+    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _raise(number: int, _: FrameType | None) -> None:

@@ -25,16 +25,20 @@ def check_output_dir(path: Path) -> None:
 def claimed(folder: Path) -> Iterator[None]:
     """Hold output_dir for this job, on rank 0; it is made if it isn't there."""
     with ExitStack() as held:
+        world.on_first_rank(lambda: held.enter_context(locked(folder)))
+        yield
 
-        def claim() -> None:
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-                lock = held.enter_context((folder / ".lock").open("w"))
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ConfigError(f"output_dir: another run is writing to {folder}") from None
-            except OSError as error:
-                raise ConfigError(f"output_dir: {folder} can't be locked: {error}") from None
 
-        world.on_first_rank(claim)
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold output_dir for this process; it is made if it isn't there. Raises: ConfigError."""
+    with ExitStack() as held:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = held.enter_context((folder / ".lock").open("w"))
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"output_dir: another run is writing to {folder}") from None
+        except OSError as error:
+            raise ConfigError(f"output_dir: {folder} can't be locked: {error}") from None
         yield

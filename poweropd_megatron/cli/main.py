@@ -1,4 +1,4 @@
-"""The `poweropd` command: train, eval, report.
+"""The `poweropd` command: train, eval, compare, report.
 
 A command without settings adds its parser to _parser, with the function that runs it as `run`; that
 returns the exit code. Nothing heavy is imported before it is needed, so that --help and a wrong
@@ -24,6 +24,7 @@ On-policy distillation with the bounded power reward, on Megatron-Core.
   bash launch/pretrain_opd.sh --config launch/recipes/qwen3_1p7b_from_4b.toml   (all GPUs)
   poweropd eval --config my_eval.toml --student.path runs/chain_sum/export
   poweropd report runs/chain_sum
+  poweropd compare --config launch/recipes/chain_sum_compare.toml
 """
 
 
@@ -43,6 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return _train(arguments[1:])
             if arguments[:1] == ["eval"]:
                 return _evaluate(arguments[1:])
+            if arguments[:1] == ["compare"]:
+                return _compare(arguments[1:])
             parsed = _parser().parse_args(arguments)
             code: int = parsed.run(parsed)
             return code
@@ -67,6 +70,9 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     commands.add_parser("train", help="train, or go on with a run (poweropd train --help)")
     commands.add_parser("eval", help="evaluate a model on prompt files (poweropd eval --help)")
+    commands.add_parser(
+        "compare", help="train with several methods and seeds, and tell (poweropd compare --help)"
+    )
     report = commands.add_parser(
         "report",
         help="write the report of a run, or of several over one another, as one HTML file",
@@ -120,6 +126,16 @@ def _parsed_by_all[T](parse: Callable[[Sequence[str]], T], argv: Sequence[str]) 
     silent = contextlib.redirect_stdout(io.StringIO())
     with contextlib.nullcontext() if speaks_for_node() else silent:
         return parse(argv)
+
+
+def _compare(argv: Sequence[str]) -> int:
+    from poweropd_megatron.comparison.recipe import parse_recipe
+
+    recipe = parse_recipe(argv)
+
+    from poweropd_megatron.comparison.command import compare
+
+    return compare(recipe)
 
 
 def _report(arguments: argparse.Namespace) -> int:

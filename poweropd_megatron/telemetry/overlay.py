@@ -56,7 +56,7 @@ def curves(
     drawn = [
         (number, group.label, points)
         for number, group in enumerate(groups)
-        if (points := _mean_and_range(group.runs, key, scale, is_log=is_log)) is not None
+        if (points := mean_and_range(group.runs, key, scale, is_log=is_log)) is not None
     ]
     if not drawn:
         return None
@@ -99,7 +99,7 @@ def _sample_line(number: int) -> str:
     return f'<svg viewBox="0 0 36 10">{line} stroke-dasharray="{lengths}"/></svg>'
 
 
-def _mean_and_range(
+def mean_and_range(
     runs: Sequence[Records], key: str, scale: float, *, is_log: bool
 ) -> tuple[Values, Values, Values, Values] | None:
     """Return steps, mean, low and high; None where no step was recorded by every run."""

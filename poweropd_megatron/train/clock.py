@@ -6,6 +6,9 @@ from contextlib import contextmanager
 
 import torch
 
+TRAINING_PHASES = ("rollout", "teacher", "student")
+"""Those that every step has; evaluations and checkpoints come now and then."""
+
 
 class Clock:
     """Adds up the seconds of named phases until they are read."""

@@ -26,8 +26,8 @@ from poweropd_megatron.telemetry.trackers import (
     start_trackers,
 )
 from poweropd_megatron.train.batching import Batching
+from poweropd_megatron.train.clock import TRAINING_PHASES
 from poweropd_megatron.train.inputs import RunInputs
-from poweropd_megatron.train.step_metrics import TRAINING_PHASES
 
 
 class Recorder:

@@ -27,9 +27,8 @@ from poweropd_megatron.objectives.labels import Labels, drawn
 from poweropd_megatron.objectives.loss import policy_gradient_loss
 from poweropd_megatron.rollout.trajectories import FINISH_STOP, Trajectories
 from poweropd_megatron.train.batching import Batching
+from poweropd_megatron.train.clock import TRAINING_PHASES
 from poweropd_megatron.train.student_outcome import StudentOutcome
-
-TRAINING_PHASES = ("rollout", "teacher", "student")
 
 
 def step_metrics(

@@ -15,7 +15,7 @@ def run(values, key="grad_norm", first=1):
 
 
 def drawn(group, key="grad_norm", *, scale=1.0, is_log=False):
-    return overlay._mean_and_range(group.runs, key, scale, is_log=is_log)
+    return overlay.mean_and_range(group.runs, key, scale, is_log=is_log)
 
 
 def test_a_line_is_the_mean_over_seeds_and_its_band_their_range():
