@@ -64,6 +64,7 @@ RANGES: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
             "eval.interval",
             "eval.num_samples",
             "eval.top_k",
+            "telemetry.gradient_variance_interval",
             "telemetry.num_logged_samples",
         ),
     ),

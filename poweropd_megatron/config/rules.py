@@ -71,6 +71,7 @@ def check(config: TrainConfig, world_size: int | None = None) -> None:
     for name, model in (("student", config.student), ("teacher", config.teacher)):
         check_parallel(name, model.parallel)
     _check_teacher_ranks(config)
+    _check_gradient_variance(config)
     if world_size is not None:
         check_ranks(config, world_size)
 
@@ -219,6 +220,18 @@ def _check_teacher_ranks(config: TrainConfig) -> None:
         raise ConfigError(
             f"rollout.num_parts = {parts} must divide global_batch_size = {batch}; "
             f"{listed(divisors(batch))} would work"
+        )
+
+
+def _check_gradient_variance(config: TrainConfig) -> None:
+    samples = config.rollout.num_samples_per_prompt
+    name = "global_batch_size" if config.mini_batch_size is None else "mini_batch_size"
+    size = config.mini_batch_size or config.global_batch_size
+    if config.telemetry.gradient_variance_interval and (size % samples or size < 2 * samples):
+        raise ConfigError(
+            "telemetry.gradient_variance_interval compares prompts: it needs two or more in an "
+            f"optimizer step, each with its {samples} samples, but {name} = {size}: use a larger "
+            "multiple of rollout.num_samples_per_prompt, or leave the interval 0"
         )
 
 

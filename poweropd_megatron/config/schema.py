@@ -228,6 +228,9 @@ class TelemetryConfig:
     """Steps between lines in the log file; metrics.jsonl always has every step."""
     diagnostics_interval: int = 10
     """Steps between records of reward by position and over (p_T, p_S) for the report."""
+    gradient_variance_interval: int = 0
+    """Steps between estimates of the gradient's variance (docs/diagnostics.md), each of which costs
+    one more forward and backward of the student; 0 makes none."""
     num_logged_samples: int = 8
     """Responses kept from each evaluation for the report."""
     tensorboard: bool = False

@@ -4,7 +4,7 @@ Shapes: B sequences, T tokens; [...] any, such as [N] for the tokens of a micro-
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -29,6 +29,13 @@ class TokenWeights:
     ratio: ImportanceRatio | None = None
     behaviour_logp: Tensor | None = None
     is_drawn: Tensor | None = None
+
+    @classmethod
+    def scaled(cls, weights: "TokenWeights | None", factor: Tensor) -> "TokenWeights":
+        """Return these weights, 1 for None, times a factor of each token. Shape: the weights'."""
+        if weights is None:
+            return cls(scale=factor)
+        return replace(weights, scale=weights.scale * factor)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "TokenWeights":
         """Return these weights with each tensor changed, such as cut to a micro-batch."""

@@ -28,9 +28,9 @@ def series(records: Records, key: str) -> tuple[Values, Values]:
     return steps, values
 
 
-def step_groups(num_points: int) -> list[npt.NDArray[np.intp]]:
-    """Return the points of a curve in at most MAX_POINTS groups, each drawn as one."""
-    return np.array_split(np.arange(num_points), min(MAX_POINTS, num_points))
+def step_groups(num_points: int, most: int = MAX_POINTS) -> list[npt.NDArray[np.intp]]:
+    """Return the points of a curve in at most so many groups, each drawn as one."""
+    return np.array_split(np.arange(num_points), min(most, num_points))
 
 
 def thinned(steps: Values, values: Values) -> tuple[Values, Values, Values, Values]:

@@ -21,6 +21,9 @@ from poweropd_megatron.telemetry.axes import (
 )
 from poweropd_megatron.telemetry.svg import MUTED, SERIES, SMALL, page_colour, render
 
+MAX_POINTS = 40
+"""Of a curve; fewer than of one that is drawn alone."""
+
 _DASHES = ("-", (0, (5, 1.6)), (0, (1.2, 1.2)), (0, (5, 1.2, 1.2, 1.2)))
 
 
@@ -115,7 +118,7 @@ def mean_and_range(
     values_RS = np.stack([values[np.searchsorted(steps, common)] for steps, values in found])
     if is_log:
         values_RS = np.log(values_RS)
-    groups = step_groups(len(common))
+    groups = step_groups(len(common), MAX_POINTS)
     thinned_RG = np.stack([values_RS[:, group].mean(axis=1) for group in groups], axis=1)
     if len(runs) == 1 and not is_log:
         errors = dict(zip(*series(runs[0], f"{key}_se"), strict=True))

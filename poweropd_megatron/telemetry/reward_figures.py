@@ -53,8 +53,9 @@ def reward_map(diagnostics: Records) -> str | None:
         tiles = {"edgecolors": SURFACE, "linewidth": 0.4}
         style = {"cmap": _diverging(), "norm": CenteredNorm(halfrange=scale or 1.0)}
         for axes, values, title in zip(panels, shown, titles, strict=False):
-            axes.pcolormesh(edges, edges, 0 * count.filled(0), cmap=ListedColormap([GRID]), **tiles)
-            cells = axes.pcolormesh(edges, edges, np.ma.masked_invalid(values), **style, **tiles)
+            found = np.ma.masked_invalid(values)
+            axes.pcolormesh(edges, edges, 0 * found, cmap=ListedColormap([GRID]), **tiles)
+            cells = axes.pcolormesh(edges, edges, found, **style, **tiles)
             axes.set_title(title)
         bar = figure.colorbar(cells, ax=panels[:-1], extend="both", label="reward", shrink=0.85)
         bar.ax.set_facecolor(GRID)
@@ -146,7 +147,7 @@ def _histograms(
             style = {"color": colour, "linestyle": dashes, "linewidth": 1.3, "baseline": None}
             axes.stairs(100 * count / count.sum(), edges, label=label, **style)
         axes.set_xscale("symlog", linthresh=edges[len(edges) // 2], linscale=0.5)
-        axes.set_xticks([-100, -1, -0.01, -1e-4, 0, 1e-4, 0.01, 1, 100])
+        axes.set_xticks([-100, -1, -0.01, 0, 0.01, 1, 100])
         axes.set_yscale("log")
         axes.set(xlabel="reward", ylabel="% of tokens", xlim=(edges[0], edges[-1]))
         axes.xaxis.set(major_formatter="{x:g}", minor_locator=NullLocator())

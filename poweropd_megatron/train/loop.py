@@ -7,6 +7,7 @@ from poweropd_megatron.checkpoint.store import CheckpointStore
 from poweropd_megatron.config.schema import TrainConfig
 from poweropd_megatron.data.prompts import PromptStream
 from poweropd_megatron.evaluation.evaluator import Evaluation, Evaluator
+from poweropd_megatron.objectives.gradient_variance import PromptSigns
 from poweropd_megatron.objectives.labels import Labels, label
 from poweropd_megatron.objectives.rewards import BatchReward, Reward
 from poweropd_megatron.rollout.engine import RolloutEngine
@@ -55,7 +56,9 @@ def train(run: Run, *, first_step: int) -> None:
             teacher_logp_BT = run.teacher.shared(scores)
         with clock.phase("student"):
             run.recorder.phase("student")
-            outcome = run.student.update(trajectories, labels, teacher_logp_BT, run.reward)
+            outcome = run.student.update(
+                trajectories, labels, teacher_logp_BT, run.reward, signs=_signs(run, step)
+            )
 
         facts = (trajectories, labels, teacher_logp_BT, outcome)
         batchings = {"student": run.student.batching, "teacher": run.teacher.batching}
@@ -141,6 +144,19 @@ def _next_prompts(run: Run) -> list[tuple[int, ...]]:
     samples = run.config.rollout.num_samples_per_prompt
     prompts = run.prompts.next_batch(run.config.global_batch_size // samples)
     return [prompt.token_ids for prompt in prompts for _ in range(samples)]
+
+
+def _signs(run: Run, step: int) -> PromptSigns | None:
+    """Return the signs of the first mini-batch's prompts if the gradient's variance is due."""
+    config = run.config
+    interval = config.telemetry.gradient_variance_interval
+    if not interval or step % interval:
+        return None
+    return PromptSigns.draw(
+        config.mini_batch_size or config.global_batch_size,
+        config.rollout.num_samples_per_prompt,
+        (config.seed, step),
+    )
 
 
 def _is_due(step: int, interval: int, last_step: int) -> bool:

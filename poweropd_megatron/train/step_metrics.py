@@ -64,6 +64,7 @@ def step_metrics(
     return {
         "loss": float(loss) / max(num_tokens, 1),
         "grad_norm": outcome.grad_norm,
+        **outcome.variance,
         "learning_rate": outcome.learning_rate,
         "grad_norm_per_reward": outcome.grad_norm / (of_rewards["reward/rms"] or math.inf),
         **of_rewards,

@@ -12,10 +12,11 @@ from poweropd_megatron.config.schema import TrainConfig
 from poweropd_megatron.models.build import TORCH_DTYPES, build_model
 from poweropd_megatron.models.finite import check_finite
 from poweropd_megatron.models.model_config import ModelConfig
+from poweropd_megatron.objectives.gradient_variance import PromptSigns
 from poweropd_megatron.objectives.importance import build_importance_ratio
 from poweropd_megatron.objectives.labels import Labels
 from poweropd_megatron.objectives.rewards import BatchReward, Reward
-from poweropd_megatron.objectives.weights import weigh_tokens
+from poweropd_megatron.objectives.weights import TokenWeights, weigh_tokens
 from poweropd_megatron.parallel.layout import Layout
 from poweropd_megatron.parallel.world import share_rows, told_by_first_rank
 from poweropd_megatron.rollout.trajectories import Trajectories
@@ -84,6 +85,8 @@ class Student:
         labels: Labels,
         teacher_logp_BT: Tensor,
         reward: Reward | BatchReward,
+        *,
+        signs: PromptSigns | None = None,
     ) -> StudentOutcome:
         """Return the outcome of learning from a batch, in an optimizer step for each mini-batch.
 
@@ -92,6 +95,8 @@ class Student:
         the statistics of a BatchReward are of a forward before, of the whole batch. Each rank works
         on its data-parallel share; the gradient is that of the mean over all tokens in the loss of
         the mini-batch, or of the means that objective.loss_normalization asks for.
+        signs, of the first mini-batch, ask for the variance of its gradient, for the price of one
+        more forward and backward of it; the update is what it is without them.
         Raises: NonFiniteError on every rank, before the weights change, if a log-prob or the
         gradient isn't finite.
         """
@@ -100,12 +105,11 @@ class Student:
             logp_BT = self.score(trajectories, labels)
             reward = reward.fit(teacher_logp_BT[mask_BT], logp_BT[mask_BT])
         size = self._mini_batch_size or trajectories.num_sequences
-        steps = [
-            self._step(trajectories.part(rows), labels.part(rows), teacher_logp_BT[rows], reward)
-            for rows in (
-                slice(start, start + size) for start in range(0, trajectories.num_sequences, size)
-            )
-        ]
+        steps = []
+        for start in range(0, trajectories.num_sequences, size):
+            rows = slice(start, start + size)
+            part = (trajectories.part(rows), labels.part(rows), teacher_logp_BT[rows])
+            steps.append(self._step(*part, reward, signs=None if start else signs))
         return join_outcomes(steps)
 
     def score(self, trajectories: Trajectories, labels: Labels) -> Tensor:
@@ -134,9 +138,10 @@ class Student:
         labels: Labels,
         teacher_logp_BT: Tensor,
         reward: Reward,
+        *,
+        signs: PromptSigns | None,
     ) -> StudentOutcome:
         """Return the outcome of one forward, backward and optimizer step over all sequences."""
-        holds_model = self.layout.holds_model
         plan = self.batching.plan(trajectories.total_lengths_B.tolist())
         weights = weigh_tokens(
             trajectories,
@@ -146,29 +151,13 @@ class Student:
             ratio=self.ratio,
             score=self.score,
         )
-        micro_batches = self._cut(trajectories, labels)
-        results: list[MicroBatchResult] = []
-        if holds_model:
-            for ddp in self._ddps:
-                ddp.zero_grad_buffer()
-            self.optimizer.zero_grad()
-            results = get_forward_backward_func()(
-                forward_step_func=ForwardStep(
-                    layout=self.layout,
-                    vocab_size=self.vocab_size,
-                    logits_dtype=self._logits_dtype,
-                    head=self._objective.head,
-                    labels=labels,
-                    teacher_logp_BT=teacher_logp_BT,
-                    reward=reward,
-                    weights=weights,
-                ),
-                data_iterator=[iter(micro_batches) for _ in self._ddps],
-                model=self._ddps,
-                num_microbatches=len(micro_batches),
-                seq_length=trajectories.token_ids_BT.shape[1],
-                micro_batch_size=self.batching.micro_batch_size,
-            )
+        batch = (trajectories, labels, teacher_logp_BT, reward)
+        signed_norm = 0.0
+        if signs is not None:
+            signs_BT = signs.signs_B[:, None].expand(labels.mask_BT.shape)
+            self._accumulate_gradient(*batch, TokenWeights.scaled(weights, signs_BT))
+            signed_norm, _ = self._gradient_norm()
+        micro_batches, results = self._accumulate_gradient(*batch, weights)
         own_2BT = torch.zeros(2, *labels.mask_BT.shape)
         for micro_batch, result in results:
             micro_batch.put(own_2BT[0], result.logp_N)
@@ -183,22 +172,64 @@ class Student:
             learning_rate=learning_rate,
             reward=reward,
             weight_BT=None if weights is None else weights(slice(None), logp_BT),
+            variance={} if signs is None else signs.metrics(signed_norm, grad_norm),
         )
+
+    def _accumulate_gradient(
+        self,
+        trajectories: Trajectories,
+        labels: Labels,
+        teacher_logp_BT: Tensor,
+        reward: Reward,
+        weights: TokenWeights | None,
+    ) -> tuple[list[MicroBatch], list[MicroBatchResult]]:
+        """Put the batch's gradient into Megatron's buffers; return what this rank did for it."""
+        micro_batches = self._cut(trajectories, labels)
+        if not self.layout.holds_model:
+            return micro_batches, []
+        for ddp in self._ddps:
+            ddp.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        results: list[MicroBatchResult] = get_forward_backward_func()(
+            forward_step_func=ForwardStep(
+                layout=self.layout,
+                vocab_size=self.vocab_size,
+                logits_dtype=self._logits_dtype,
+                head=self._objective.head,
+                labels=labels,
+                teacher_logp_BT=teacher_logp_BT,
+                reward=reward,
+                weights=weights,
+            ),
+            data_iterator=[iter(micro_batches) for _ in self._ddps],
+            model=self._ddps,
+            num_microbatches=len(micro_batches),
+            seq_length=trajectories.token_ids_BT.shape[1],
+            micro_batch_size=self.batching.micro_batch_size,
+        )
+        return micro_batches, results
 
     def _take_step(self) -> tuple[float, float]:
         """Return the gradient's norm and the learning rate, after the step of the optimizer."""
-        holds_model = self.layout.holds_model
+        grad_norm, learning_rate = self._gradient_norm()
+        if self.layout.holds_model:
+            self.optimizer.step()
+            start_param_gather(self._ddps)
+            self.schedule.step(increment=1)
+        return grad_norm, learning_rate
+
+    def _gradient_norm(self) -> tuple[float, float]:
+        """Return the norm of the gradient in the buffers, and the learning rate.
+
+        Raises: NonFiniteError on every rank.
+        """
         facts = torch.zeros(2, dtype=torch.float64)
-        if holds_model:
+        if self.layout.holds_model:
             self.optimizer.prepare_grads()
             facts[0] = float(self.optimizer.get_grad_norm())
             facts[1] = self.optimizer.param_groups[0]["lr"]
         grad_norm, learning_rate = told_by_first_rank(facts, device=self.layout.device)
         check_finite("gradient norm", grad_norm, _ADVICE)
-        if holds_model:
-            self.optimizer.step()
-            start_param_gather(self._ddps)
-            self.schedule.step(increment=1)
         return float(grad_norm), float(learning_rate)
 
     def _cut(self, trajectories: Trajectories, labels: Labels) -> list[MicroBatch]:

@@ -1,7 +1,7 @@
 """What an update of the student did. Shapes: B sequences, T tokens."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -16,7 +16,8 @@ class StudentOutcome:
     Of several optimizer steps, each sequence's values are those of the forward that it was learned
     from, grad_norm is the mean of theirs, and learning_rate the last.
     reward: what the tokens were rewarded with, a batch's statistics in place. weight_BT: what each
-    reward was multiplied with, None where all are 1.
+    reward was multiplied with, None where all are 1. variance: metrics of the first optimizer
+    step's gradient, empty unless they were asked for.
     Shapes: logp_BT and entropy_BT fp32 on the CPU, 0 outside the loss.
     """
 
@@ -26,6 +27,7 @@ class StudentOutcome:
     learning_rate: float
     reward: Reward
     weight_BT: Tensor | None = None
+    variance: Mapping[str, float] = field(default_factory=dict)
 
 
 def join_outcomes(steps: Sequence[StudentOutcome]) -> StudentOutcome:
@@ -40,4 +42,5 @@ def join_outcomes(steps: Sequence[StudentOutcome]) -> StudentOutcome:
         learning_rate=steps[-1].learning_rate,
         reward=steps[0].reward,
         weight_BT=torch.cat(weights) if weights else None,
+        variance=steps[0].variance,
     )

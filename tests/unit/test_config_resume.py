@@ -41,6 +41,7 @@ MAY_CHANGE = [
     "checkpoint.keep_last",
     "telemetry.log_interval",
     "telemetry.diagnostics_interval",
+    "telemetry.gradient_variance_interval",
     "telemetry.num_logged_samples",
     "telemetry.tensorboard",
     "telemetry.wandb",

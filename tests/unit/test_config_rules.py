@@ -153,6 +153,14 @@ def test_the_power_reward_needs_a_positive_alpha(alpha):
             "1, 2, 3, 4, 6 or 12 would work",
         ),
         (
+            {
+                "telemetry.gradient_variance_interval": 5,
+                "rollout.num_samples_per_prompt": 12,
+            },
+            "telemetry.gradient_variance_interval compares prompts: it needs two or more in an "
+            "optimizer step, each with its 12 samples, but global_batch_size = 12",
+        ),
+        (
             {"student.parallel.sequence_parallel": True},
             "student.parallel.sequence_parallel = true needs "
             "student.parallel.tensor_model_parallel_size > 1, not 1",

@@ -30,8 +30,8 @@ def test_a_line_is_the_mean_over_seeds_and_its_band_their_range():
 def test_long_curves_are_means_of_groups_of_steps():
     seeds = np.random.default_rng(0).normal(size=(2, 8000))
     steps, mean, low, _ = drawn(Group("power", [run(values) for values in seeds]))
-    of_groups = seeds.reshape(2, 80, 100).mean(axis=2)
-    np.testing.assert_allclose(steps, np.arange(1, 8001).reshape(80, 100).mean(axis=1))
+    of_groups = seeds.reshape(2, 40, 200).mean(axis=2)
+    np.testing.assert_allclose(steps, np.arange(1, 8001).reshape(40, 200).mean(axis=1))
     np.testing.assert_allclose(mean, of_groups.mean(axis=0), atol=1e-12)
     np.testing.assert_allclose(low, of_groups.min(axis=0), atol=1e-12)
 
