@@ -25,6 +25,7 @@ CASES = [
     (row("PP2", 2, parallel(1, 2)), BOTH),
     (row("TP2+SP", 2, parallel(2, sequence=True)), BOTH),
     (row("TP2+SPxEP2", 2, parallel(2, expert=2, sequence=True)), BOTH),
+    (row("TP4+SP", 4, parallel(4, sequence=True)), BOTH),
     (row("EP4", 4, parallel(expert=4)), BOTH),
     (row("EP2xDP2", 4, parallel(expert=2)), BOTH),
     (row("EP2xPP2", 4, parallel(1, 2, expert=2)), BOTH),

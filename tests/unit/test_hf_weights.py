@@ -86,8 +86,13 @@ def back(config: ModelConfig, ranks: list[dict[str, Parameter]]) -> Iterator[tup
         {"num_key_value_heads": 4, "tie_word_embeddings": True, "vocab_size": 56},
         {"num_key_value_heads": 4, "vocab_size": 5, "num_hidden_layers": 1},
         {"num_key_value_heads": 4, "num_hidden_layers": 1} | qwen3_folder.MOE,
+        {"num_key_value_heads": 1, "num_hidden_layers": 1},
+        {"num_key_value_heads": 2, "num_attention_heads": 12, "num_hidden_layers": 1},
     ],
-    ids=["grouped heads", "tied", "a rank without vocabulary", "experts"],
+    ids=[
+        *("grouped heads", "tied", "a rank without vocabulary", "experts"),
+        *("ranks share a head", "ranks share heads"),
+    ],
 )
 def test_a_round_trip_through_shards_is_bitwise(
     tmp_path: Path, layout: Layout, changes: dict[str, Any], tp_size: int
@@ -100,11 +105,14 @@ def test_a_round_trip_through_shards_is_bitwise(
         assert torch.equal(tensor, tensors[name]), name
 
 
+@pytest.mark.parametrize("num_key_value_heads", [4, 2, 1])
 @pytest.mark.parametrize("tp_size", [2, 4])
 def test_shards_hold_the_rows_that_megatron_gives_their_rank(
-    tmp_path: Path, layout: Layout, tp_size: int
+    tmp_path: Path, layout: Layout, tp_size: int, num_key_value_heads: int
 ) -> None:
-    tensors = qwen3_folder.write(tmp_path, num_key_value_heads=4, num_attention_heads=8)
+    tensors = qwen3_folder.write(
+        tmp_path, num_key_value_heads=num_key_value_heads, num_attention_heads=8
+    )
     whole, ranks = load_shards(tmp_path, layout, tp_size)
     for rank, shards in enumerate(ranks):
         for name, shard in shards.items():
