@@ -47,6 +47,7 @@ class RunState:
             "prompts": self._prompts.state_dict(),
             "model": self._model,
             "world_size": dist.get_world_size(),
+            "parallel": asdict(self._student.layout.parallel),
         }
         return sharded.save(state, self._store, step)
 

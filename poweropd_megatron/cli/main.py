@@ -1,4 +1,4 @@
-"""The `poweropd` command: train, eval, compare, report.
+"""The `poweropd` command: train, eval, compare, report, convert, inspect, verify.
 
 A command without settings adds its parser to _parser, with the function that runs it as `run`; that
 returns the exit code. Nothing heavy is imported before it is needed, so that --help and a wrong
@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from poweropd_megatron import __version__, interruption
-from poweropd_megatron.cli import convert
+from poweropd_megatron.cli import checkpoints, convert
 from poweropd_megatron.environment import check_rank_variables, speaks_for_node, world_size
 from poweropd_megatron.errors import EXIT_CODE_BAD_INPUT, UserError
 
@@ -91,6 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     report.set_defaults(run=_report)
     convert.add_parser(commands)
+    checkpoints.add_parsers(commands)
     return parser
 
 

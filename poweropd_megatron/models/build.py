@@ -102,22 +102,13 @@ def build_model(
     setting: str,
     megatron: Mapping[str, Any] = MappingProxyType({}),
 ) -> list[GPTModel]:
-    """Return this rank's model chunks, in pipeline order, with weights loaded. Called by all ranks.
-
-    A rank has one chunk; with a virtual pipeline it has one of each round through the stages. Ranks
-    outside the layout have none.
+    """Return build_chunks' model chunks with the weights in a folder. Called by all ranks.
 
     Raises: InputError on all ranks if the folder's tensors don't fit its config.json.
     Cost: each rank reads its own slices; no collective but the tied embedding's in GPTModel and
     one to agree on errors.
     """
-    config = transformer_config(model, layout.parallel, dtype, megatron)
-    rounds = config.virtual_pipeline_model_parallel_size
-    stages: Iterable[int | None] = [None] if rounds is None else range(rounds)
-    chunks = [
-        _build_chunk(model, config, layout, vp_stage=vp_stage)
-        for vp_stage in (stages if layout.holds_model else ())
-    ]
+    chunks = build_chunks(model, layout, dtype=dtype, megatron=megatron)
 
     def load() -> None:
         source = open_weights(model, folder, setting=setting)
@@ -134,6 +125,27 @@ def build_model(
 
     agreed(load)
     return chunks
+
+
+def build_chunks(
+    model: ModelConfig,
+    layout: Layout,
+    *,
+    dtype: DType,
+    megatron: Mapping[str, Any] = MappingProxyType({}),
+) -> list[GPTModel]:
+    """Return this rank's model chunks, in pipeline order, without weights. Called by all ranks.
+
+    A rank has one chunk; with a virtual pipeline it has one of each round through the stages. Ranks
+    outside the layout have none.
+    """
+    config = transformer_config(model, layout.parallel, dtype, megatron)
+    rounds = config.virtual_pipeline_model_parallel_size
+    stages: Iterable[int | None] = [None] if rounds is None else range(rounds)
+    return [
+        _build_chunk(model, config, layout, vp_stage=vp_stage)
+        for vp_stage in (stages if layout.holds_model else ())
+    ]
 
 
 def _build_chunk(

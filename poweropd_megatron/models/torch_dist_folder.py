@@ -1,5 +1,6 @@
 """A torch_dist folder read tensor by tensor: no process group, no model, any writer's layout."""
 
+import io
 import pickle
 from dataclasses import dataclass
 from math import prod
@@ -75,6 +76,37 @@ class TorchDistFolder:
     def objects(self) -> frozenset[str]:
         """Return the keys of what is stored beside tensors."""
         return frozenset(self._metadata.state_dict_metadata) - self.shapes().keys()
+
+    def files(self) -> dict[str, int]:
+        """Return the bytes of each file that holds tensors or objects, by name."""
+        names = {stored.relative_path for stored in self._metadata.storage_data.values()}
+        return {name: (self.path / name).stat().st_size for name in sorted(names)}
+
+    def cuts(self, key: str, dim: int) -> int:
+        """Return into how many pieces the writer had cut a tensor along a dimension."""
+        return len({chunk.offsets[dim] for chunk in self._tensor(key).chunks})
+
+    def common_state(self) -> dict[str, Any]:
+        """Return what Megatron stored once beside sharded tensors: plain values only.
+
+        It is empty where there is none. Raises: InputError if it can't be read, or holds more.
+        """
+        try:
+            if (self.path / "common.pt").is_file():  # as Megatron wrote it before 0.19
+                return dict(torch.load(self.path / "common.pt", weights_only=True))
+            stored = self._metadata.storage_data.get(MetadataIndex("common_state/shard_0_1"))
+            if stored is None:
+                return {}
+            with (self.path / stored.relative_path).open("rb") as file:
+                file.seek(stored.offset)
+                content = io.BytesIO(file.read(stored.length))
+            [state] = torch.load(content, weights_only=True)
+            return dict(state)
+        except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise InputError(
+                f"{self.setting}: {self.path}: the common state can't be read: {reason}"
+            ) from None
 
     def dtype(self, key: str) -> torch.dtype:
         """Return the type of a tensor."""

@@ -20,7 +20,7 @@ from poweropd_megatron.models.model_config import ModelConfig
 from poweropd_megatron.models.torch_dist_folder import TorchDistFolder
 
 WEIGHTS_NAME = "weights"
-_OF_EACH_LAYER = re.compile(r"decoder\.layers\.\d+\.")
+OF_EACH_LAYER = re.compile(r"decoder\.layers\.\d+\.")
 _HARMLESS = re.compile(r"common_state/.*|.*\._extra_state/.*")
 """Objects that Megatron stores beside weights, and that hold none."""
 
@@ -92,7 +92,7 @@ class MegatronWeights:
         self.setting = folder.setting
         self._folder = folder
         found = folder.shapes()
-        if any(_OF_EACH_LAYER.match(key) for key in found):
+        if any(OF_EACH_LAYER.match(key) for key in found):
             raise InputError(
                 f"{folder.setting}: {folder.path} stores each layer by itself, as Megatron "
                 "does with moe_layer_freq as a list; expected all layers in one tensor"
