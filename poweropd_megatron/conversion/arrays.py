@@ -47,7 +47,7 @@ class Files:
     MAX_OPEN = 64
 
     def __init__(self, setting: str) -> None:
-        self._setting = setting
+        self.setting = setting
         self._open: OrderedDict[Path, int] = OrderedDict()
 
     def read(self, path: Path, offset: int, out: Buffer) -> None:
@@ -61,10 +61,10 @@ class Files:
             while view:
                 count = os.preadv(descriptor, [view], offset)
                 if not count:
-                    raise InputError(f"{self._setting}: {path} ends at byte {offset}, too early")
+                    raise InputError(f"{self.setting}: {path} ends at byte {offset}, too early")
                 view, offset = view[count:], offset + count
         except OSError as error:
-            raise InputError(f"{self._setting}: {path} can't be read: {error}") from None
+            raise InputError(f"{self.setting}: {path} can't be read: {error}") from None
 
     def _descriptor(self, path: Path) -> int:
         if path not in self._open:

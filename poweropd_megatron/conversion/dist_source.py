@@ -33,7 +33,7 @@ def weights_folder(source: Path, *, setting: str) -> Path:
     """
     if (source / METADATA_NAME).is_file():
         return source
-    if (source / WEIGHTS_NAME / METADATA_NAME).is_file():
+    if (source / WEIGHTS_NAME).is_dir():
         return source / WEIGHTS_NAME
     tracker = source / TRACKER_NAME
     if tracker.is_file():

@@ -16,10 +16,11 @@ import torch
 from poweropd_megatron.conversion.arrays import PIECE_BYTES, FileBlock, Files, read_pieces
 from poweropd_megatron.errors import InputError
 from poweropd_megatron.models.families import hugging_face_shapes
-from poweropd_megatron.models.hf_folder import HFFolder
+from poweropd_megatron.models.hf_folder import INDEX_NAME, HFFolder
 from poweropd_megatron.models.model_config import ModelConfig
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+_FACTS = "__metadata__"
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -46,8 +47,13 @@ def read_tensors(folder: Path, *, setting: str) -> dict[str, HFTensor]:
     tensors: dict[str, HFTensor] = {}
     for path in sorted(set(file_of.values())):
         header, start = _read_header(path)
-        for name in sorted(name for name, place in file_of.items() if place == path):
-            entry = header[name]
+        for name, entry in header.items():
+            if name == _FACTS:
+                continue
+            if name not in file_of:
+                raise InputError(
+                    f"{setting}: {path} has a tensor {name}, which {INDEX_NAME} doesn't name"
+                )
             if entry["dtype"] not in DTYPES:
                 raise InputError(
                     f"{setting}: {path}: {name} is {entry['dtype']}; expected one of "
@@ -116,7 +122,7 @@ def make_header(
     tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
 ) -> tuple[bytes, dict[str, int]]:
     """Return the beginning of a file with these tensors, in this order, and where each begins."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {_FACTS: {"format": "pt"}}
     position = 0
     for name, (dtype, shape) in tensors.items():
         end = position + dtype.itemsize * prod(shape)

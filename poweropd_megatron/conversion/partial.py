@@ -40,7 +40,11 @@ class PartialFolder:
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
             self._journal.mkdir()
             _write(plan_path, text)
-        return {int(record.stem) for record in self._journal.glob("[0-9]*.json")}
+        return {int(record.stem) for record in self._records()}
+
+    def has_parts(self) -> bool:
+        """Return whether there is work in it to go on with."""
+        return any(self._records())
 
     def record(self, part: int, facts: dict[str, Any]) -> None:
         """Note that a part is done and on the disk, and what is to be known of it."""
@@ -50,6 +54,9 @@ class PartialFolder:
         """Return what was noted of a part."""
         facts: dict[str, Any] = json.loads((self._journal / f"{part}.json").read_bytes())
         return facts
+
+    def _records(self) -> Iterator[Path]:
+        return self._journal.glob("[0-9]*.json")
 
     def publish(self) -> None:
         """Remove the journal and make the folder visible. Raises: OSError."""
@@ -77,6 +84,10 @@ def claimed(output: Path, setting: str) -> Iterator[PartialFolder]:
     try:
         _lock(lock, f"{setting}: another conversion is writing to {output}")
         yield partial
+    except BaseException:
+        if not partial.has_parts():
+            shutil.rmtree(partial.path, ignore_errors=True)
+        raise
     finally:
         os.close(lock)
 

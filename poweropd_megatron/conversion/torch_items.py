@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from poweropd_megatron.conversion.arrays import Files
-from poweropd_megatron.errors import CheckpointError, UserError
+from poweropd_megatron.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -85,8 +85,9 @@ def tensor_offset(
 ) -> int:
     """Return where in a file the bytes of a stored tensor begin.
 
-    Raises: CheckpointError if the item isn't a contiguous tensor of that shape and dtype.
+    Raises: InputError if the item isn't a contiguous tensor of that shape and dtype.
     """
+    where = f"{files.setting}: {path} holds at byte {offset}"
     view = io.BufferedReader(_View(files, path, offset, length))
     try:
         tensor: Any = torch.load(view, map_location="meta", weights_only=True)
@@ -95,19 +96,20 @@ def tensor_offset(
             info = archive.getinfo(record)
         view.seek(info.header_offset)
         header = view.read(30)
-    except UserError:
+    except InputError:
         raise
     except Exception as error:
-        raise CheckpointError(f"{path} holds no tensor at byte {offset}: {error}") from None
+        name = type(error).__name__
+        raise InputError(f"{where} nothing that torch.save wrote ({name})") from error
     is_plain = tensor.is_contiguous() and tensor.storage_offset() == 0
-    num_bytes = tensor.numel() * tensor.element_size()
     if tuple(tensor.shape) != tuple(shape) or tensor.dtype != dtype or not is_plain:
-        raise CheckpointError(
-            f"{path} holds at byte {offset} a tensor of {tuple(tensor.shape)} {tensor.dtype}, "
+        raise InputError(
+            f"{where} a tensor of {tuple(tensor.shape)} {tensor.dtype}, "
             f"expected {tuple(shape)} {dtype}, contiguous"
         )
+    num_bytes = tensor.numel() * tensor.element_size()
     if info.compress_type != zipfile.ZIP_STORED or info.file_size != num_bytes:
-        raise CheckpointError(f"{path} holds at byte {offset} a tensor that is compressed or cut")
+        raise InputError(f"{where} a tensor that is compressed or cut off")
     name_bytes, extra_bytes = (int.from_bytes(header[at : at + 2], "little") for at in (26, 28))
     return offset + info.header_offset + len(header) + name_bytes + extra_bytes
 

@@ -29,7 +29,7 @@ def run_parts(
     """Do `work` for each part and hand what it returns to `done`, in the order of completion.
 
     parts holds the bytes of each part; the workers are forked, so nothing is copied to them.
-    Raises: UserError as a worker raised it, or InputError if one was killed.
+    Raises: UserError and OSError as a worker raised them, or InputError if one was killed.
     """
     progress = Progress(verb, sum(parts.values()))
 
@@ -112,7 +112,7 @@ def _serve(work: Work, connection: Connection, parent: int) -> None:
         part = connection.recv()
         try:
             connection.send((part, work(part), None))
-        except UserError as error:
+        except (UserError, OSError) as error:
             connection.send((part, {}, error))
         except Exception as error:
             failure = RuntimeError(f"part {part}: {error}\n{traceback.format_exc()}")

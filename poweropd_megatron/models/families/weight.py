@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 
@@ -31,7 +30,10 @@ class Weight:
     """KV heads by which linear_qkv's rows are grouped: with more ranks than that, each holds a run
     of the merged rows of one group."""
     merge: Callable[[Sequence[Tensor]], Tensor] = lambda pieces: pieces[0]
-    """Put Hugging Face tensors, or one rank's pieces of each, together as Megatron has them."""
+    """Put Hugging Face tensors, or one rank's pieces of each, together as Megatron has them.
+
+    It moves whole rows (of the first dimension) and nothing else, in an order that only depends on
+    their number."""
     split: Callable[[Tensor], Sequence[Tensor]] = lambda whole: [whole]
     """The inverse of merge."""
     is_vocabulary: bool = False
@@ -53,7 +55,7 @@ class Weight:
     @property
     def shape(self) -> tuple[int, ...]:
         """Return the shape of the whole merged parameter."""
-        return tuple(self.merge([torch.empty(s, device="meta") for s in self.shapes]).shape)
+        return (sum(shape[0] for shape in self.shapes), *self.shapes[0][1:])
 
     def at(
         self,
