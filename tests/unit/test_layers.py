@@ -69,9 +69,11 @@ def test_logits_are_those_of_transformers_and_of_fp64(
         exact = PlainQwen3.from_folder(folder).logits(ids)
     scale = exact.std().item()
     assert scale > 0.5
-    assert (ours - theirs).abs().max().item() <= TOLERANCE * scale
-    assert (ours - exact).abs().max().item() <= TOLERANCE * scale
-    assert (theirs - exact).abs().max().item() <= TOLERANCE * scale
+    # Where queries and keys aren't normed, scores are larger, and their rounding with them.
+    allowed = TOLERANCE * scale * (1 if model.qk_layernorm else 4)
+    assert (ours - theirs).abs().max().item() <= allowed
+    assert (ours - exact).abs().max().item() <= allowed
+    assert (theirs - exact).abs().max().item() <= allowed
 
 
 def test_bf16_logits_err_no_more_than_bf16_rounding_through_the_layers(
