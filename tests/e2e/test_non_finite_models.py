@@ -52,4 +52,4 @@ def test_a_nan_among_a_models_weights_is_named_when_they_are_read(name, tmp_path
     run = train(settings(tmp_path / "run", f"--{name}.path={folder}", tp=2), world_size=2).expect(2)
     [message] = [line for line in run.stderr.splitlines() if "error" in line]
     tensor = "model.layers.1.mlp.down_proj.weight"
-    assert message == f"poweropd: error: {name}.path: {tensor} has NaN in it"
+    assert message == f"poweropd: error: {name}.path: {tensor} has NaN in it (on rank 0)"

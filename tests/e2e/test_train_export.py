@@ -150,7 +150,7 @@ def test_a_run_from_converted_folders_exports_what_one_from_the_first_folders_do
         (tmp_path / model / "weights" / "manifest.json").write_text("{}")
         folders["converted"].append(f"--{model}.path={tmp_path / model}")
     for name, changes in folders.items():
-        train(settings(tmp_path / name, *changes, steps=1, tp=2), world_size=2).expect(0)
+        train(settings(tmp_path / name, *changes, steps=3, tp=2), world_size=2).expect(0)
     first, converted = (tmp_path / name / "export" for name in folders)
     assert {f.name: f.read_bytes() for f in converted.iterdir()} == {
         f.name: f.read_bytes() for f in first.iterdir()
