@@ -12,19 +12,18 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from poweropd_megatron.conversion.other_files import copy_other_files
 from poweropd_megatron.errors import InputError
 from poweropd_megatron.models import hf_weights
 from poweropd_megatron.models.build import layer_numbers
 from poweropd_megatron.models.families import hugging_face_shapes, weights_of
-from poweropd_megatron.models.hf_folder import INDEX_NAME, HFFolder, read_json
+from poweropd_megatron.models.hf_folder import INDEX_NAME, HFFolder
 from poweropd_megatron.models.model_config import ModelConfig
 from poweropd_megatron.parallel.layout import Layout
 from poweropd_megatron.parallel.world import agreed
 from poweropd_megatron.train.student import Student
 
 MAX_SHARD_BYTES = 5 * 10**9
-_WEIGHTS = ("*.safetensors", INDEX_NAME, "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.gguf")
-"""Files of the reference that hold other weights than the exported ones."""
 
 
 def export(student: Student, model: ModelConfig, *, reference: str, target: Path) -> Path:
@@ -53,18 +52,11 @@ def export(student: Student, model: ModelConfig, *, reference: str, target: Path
 
 
 def _copy_other_files(student: Student, reference: Path, partial: Path) -> None:
-    config = read_json(reference / "config.json", "student.path")
-    stated = "dtype" if "dtype" in config else "torch_dtype"
-    dtype_name = str(next(student.chunks[0].parameters()).dtype).removeprefix("torch.")
+    dtype = next(student.chunks[0].parameters()).dtype
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        for source in sorted(reference.iterdir()):
-            if source.is_file() and not any(source.match(pattern) for pattern in _WEIGHTS):
-                shutil.copyfile(source, partial / source.name)
-        if config.get(stated) != dtype_name:
-            text = json.dumps(config | {stated: dtype_name}, indent=2)
-            (partial / "config.json").write_text(text + "\n", encoding="utf-8")
+        copy_other_files(reference, partial, dtype=dtype, setting="student.path")
     except OSError as error:
         raise InputError(f"output_dir: {partial} can't be written: {error}") from None
 

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from support import converted_folder
 from support.cli_run import REPO, records, rewound, settings, train
 from torch import Tensor
+
+from poweropd_megatron.conversion.to_megatron import to_megatron
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -141,17 +142,16 @@ def test_a_bf16_run_exports_bf16_and_says_so(exports, answers):
     assert [len(text) > 4 for text in answers("bf16")["responses"]] == [True] * 4
 
 
-def test_a_run_from_converted_folders_exports_what_one_from_the_first_folders_does(tmp_path):
+def test_a_run_from_converted_folders_exports_what_one_from_the_first_folders_does(
+    exports, tmp_path
+):
     """Bit by bit, with the same files, and none of the converted weights."""
-    folders = {"first": [], "converted": []}
+    paths = []
     for model in ("student", "teacher"):
-        first = STUDENT.parent / model
-        converted_folder.write(first, tmp_path / model)
-        (tmp_path / model / "weights" / "manifest.json").write_text("{}")
-        folders["converted"].append(f"--{model}.path={tmp_path / model}")
-    for name, changes in folders.items():
-        train(settings(tmp_path / name, *changes, steps=3, tp=2), world_size=2).expect(0)
-    first, converted = (tmp_path / name / "export" for name in folders)
+        to_megatron(STUDENT.parent / model, tmp_path / model)
+        paths.append(f"--{model}.path={tmp_path / model}")
+    train(settings(tmp_path / "run", *paths, tp=2), world_size=2).expect(0)
+    first, converted = exports["TP 2"] / "export", tmp_path / "run" / "export"
     assert {f.name: f.read_bytes() for f in converted.iterdir()} == {
         f.name: f.read_bytes() for f in first.iterdir()
     }
