@@ -104,6 +104,8 @@ class Schema:
         if name in self.tables:
             example = next(s.name for s in self.settings.values() if s.table == name)
             return f"{name} is a table of settings: give them one by one, such as {example}"
+        if self.command != "train" and name in SETTINGS:
+            return f"{name} is a setting of poweropd train, and has no effect here: leave it out"
         leaf = name.rpartition(".")[2]
         nearest = [known for known in self.settings if known.rpartition(".")[2] == leaf]
         if "." in name or not nearest:

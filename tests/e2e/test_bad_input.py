@@ -193,7 +193,7 @@ def test_an_unknown_setting_is_answered_with_the_nearest(argument, nearest, mess
         ("", " is empty; expected one JSON object a line"),
         ('{"prompt": "1+2=", "answer": "3"}\nnot json\n', ":2 is not valid JSON"),
         ('{"prompt": "1+2=", "answer": "3"}\n\n{"prompt": "1=", "answer": "1"}\n', ":2 is blank"),
-        ('{"question": "1+2=", "answer": "3"}\n', ':1: expected one of "prompt" and "messages"'),
+        ('{"text": "1+2=", "answer": "3"}\n', ':1: expected one of "prompt" and "messages"'),
         (
             '{"prompt": "1=", "answer": "1"}\n{"prompt": "1+1+1+1+1+1+1+1+1=", "answer": "9"}\n',
             ":2: the prompt has 18 tokens, more than data.max_prompt_length = 16; raise that",

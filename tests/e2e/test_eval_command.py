@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from support import converted_folder
 from support.cli_run import Ended, ForkedRun, evaluate, metrics, records
 
 STUDENT = "examples/chain_sum/student"
@@ -83,6 +84,17 @@ def test_every_layout_gives_the_same_samples_and_results(
     expected = evaluated[0] / "samples.jsonl"
     assert (folder / "samples.jsonl").read_text() == expected.read_text()
     assert results(folder)["files"] == results(evaluated[0])["files"]
+
+
+def test_a_folder_converted_for_megatron_gives_the_same_samples(
+    evaluated: tuple[Path, Ended], tmp_path: Path
+) -> None:
+    model = converted_folder.write(Path(STUDENT), tmp_path / "converted")
+    folder = tmp_path / "other"
+    tp2 = "--student.parallel.tensor_model_parallel_size=2"
+    evaluate(settings(folder, f"--student.path={model}", tp2), world_size=2).expect(0)
+    expected = evaluated[0] / "samples.jsonl"
+    assert (folder / "samples.jsonl").read_text() == expected.read_text()
 
 
 def test_a_killed_evaluation_goes_on_in_another_layout_to_the_same_samples(

@@ -59,10 +59,11 @@ def test_printed_settings_read_as_the_same_again(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--train_steps=5"], "train_steps is not a setting"),
-        (["--optimizer.lr=1"], "optimizer.lr is not a setting; see poweropd eval --help"),
+        (["--train_steps=5"], "train_steps is a setting of poweropd train, and has no effect here"),
+        (["--optimizer.lr=1"], "optimizer.lr is a setting of poweropd train"),
         (["--teacher.megatron.x=1"], "teacher.megatron.x is not a setting"),
-        (["--eval.interval=5"], "eval.interval is not a setting"),
+        (["--eval.intervall=5"], "eval.intervall is not a setting; did you mean"),
+        (["--nothing=5"], "nothing is not a setting; see poweropd eval --help"),
         (["--data.eval_files=[]"], "data.eval_files is empty: name at least one file"),
         (["--save_interval=0"], "save_interval must be at least 1, not 0"),
         (["--eval.num_samples=-1"], "eval.num_samples must be at least 0, not -1"),
