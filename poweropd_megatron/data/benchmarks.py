@@ -189,8 +189,8 @@ def _is_math500(row: Row) -> bool:
 
 
 def _is_short_answer(row: Row) -> bool:
-    """Whether a row has a question and a number for an answer, and nothing of other benchmarks."""
-    number = re.fullmatch(r"-?\d+(\.\d+)?", str(_first(row, _ANSWERS)).strip())
+    """Whether a row has a question, a whole number for an answer, and nothing of other files."""
+    number = re.fullmatch(r"-?\d+(\.0+)?", str(_first(row, _ANSWERS)).strip())
     return (
         _first(row, _QUESTIONS) is not None
         and number is not None

@@ -76,10 +76,12 @@ def _introduction(
     config: EvaluationConfig, inputs: EvaluationInputs, *, total: int, done: int
 ) -> str:
     parallel = config.student.parallel
+    num_ranks, num_files = dist.get_world_size(), len(inputs.prompts)
     prompts = sum(map(len, inputs.prompts.values()))
     return (
         f"{config.student.path}, {config.student.dtype}, "
         f"TP {parallel.tensor_model_parallel_size} x PP {parallel.pipeline_model_parallel_size} "
-        f"on {dist.get_world_size()} ranks: {total} responses to {prompts} prompts of "
-        f"{len(inputs.prompts)} files" + (f", going on after {done}" if done else "")
+        f"on {num_ranks} {'rank' if num_ranks == 1 else 'ranks'}: {total} responses to "
+        f"{prompts} prompts of {num_files} {'file' if num_files == 1 else 'files'}"
+        + (f", going on after {done}" if done else "")
     )

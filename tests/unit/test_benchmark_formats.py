@@ -93,6 +93,7 @@ def test_the_suffix_is_added_to_questions_too(tmp_path: Path, tokenizer: Tokeniz
             {"problem": "1+1?", "answer": "x+1"},
             "the fields 'problem', 'answer' are of no known benchmark",
         ),
+        ({"question": "1+1?", "answer": "4.83"}, "are of no known benchmark"),
         ({"text": "1+1?"}, "got neither, and the fields 'text' are of no known benchmark"),
         ({"question": "1+1?"}, "are of no known benchmark"),
     ],
