@@ -4,30 +4,23 @@ Shapes: N tokens, n of a chunk, H hidden, Vp columns of the vocabulary on this r
 included).
 """
 
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from poweropd_megatron.objectives.loss import policy_gradient_loss
 from poweropd_megatron.ops.arguments import check_fp32
 from poweropd_megatron.ops.backends import IGNORED_TARGET, kernels_for
+from poweropd_megatron.ops.gradient_in_forward import gradient_in_forward
 from poweropd_megatron.ops.lm_head_tiles import (
     Gradients,
     LMHead,
-    column_tiles,
-    even_slices,
-    is_widened,
+    chunk_buffer,
+    chunk_logits,
+    token_chunks,
 )
-from poweropd_megatron.ops.matmul import product
-
-CHUNK_BYTES = {"cpu": 160 << 20, "cuda": 2 << 30}
-"""Logits of the tokens that are visited at a time: whole rows of a rank's columns, padding not
-counted. The weight's
-gradient is read and written once a chunk, which a GPU's memory feels sooner."""
 
 
 class PolicyGradient(NamedTuple):
@@ -74,41 +67,16 @@ def fused_policy_gradient(
     """
     head.check(hidden_NH, targets_N)
     check_fp32("teacher_logp_N", teacher_logp_N, targets_N.shape, targets_N.device)
-    with_gradient = torch.is_grad_enabled() and (
-        hidden_NH.requires_grad or head.weight_VpH.requires_grad
-    )
-    loss, logp_N, entropy_N = _GradientInForward.apply(
-        hidden_NH,
-        head.weight_VpH,
-        targets_N.contiguous(),
-        teacher_logp_N.contiguous(),
-        head,
-        reward,
-        weight,
-        with_gradient,
-    )
-    return PolicyGradient(loss, logp_N, entropy_N)
+    logp_N = hidden_NH.new_zeros(len(hidden_NH), dtype=torch.float32)
+    entropy_N = torch.zeros_like(logp_N)
 
-
-class _GradientInForward(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden_NH: Tensor,
-        weight_VpH: Tensor,
-        targets_N: Tensor,
-        teacher_logp_N: Tensor,
-        head: LMHead,
-        reward: Reward,
-        weight: Weight | None,
-        with_gradient: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def visit(grads: Gradients | None) -> Tensor:
         kernels = kernels_for(hidden_NH)
-        grads = Gradients(hidden_NH, weight_VpH) if with_gradient else None
-        loss = hidden_NH.new_zeros((), dtype=torch.float32)
-        logp_N, entropy_N = loss.repeat(len(hidden_NH)), loss.repeat(len(hidden_NH))
-        for rows, logits in _logit_chunks(hidden_NH, head):
-            targets = targets_N[rows]
+        loss = logp_N.new_zeros(())
+        chunks = token_chunks(hidden_NH, head)
+        buffer = chunk_buffer(hidden_NH, head, chunks)
+        for rows in chunks:
+            logits, targets = chunk_logits(hidden_NH, head, rows, buffer), targets_N[rows]
             stats = kernels.row_stats(
                 logits, targets, first_column=head.first_column, vocab_size=head.vocab_size
             )
@@ -132,52 +100,9 @@ class _GradientInForward(torch.autograd.Function):
                 first_column=head.first_column,
                 vocab_size=head.vocab_size,
             )
-            for tile in _product_tiles(weight_VpH, rows):
-                grads.add(rows, tile, logits[:, tile])
-        ctx.mark_non_differentiable(logp_N, entropy_N)
-        if grads is not None:
-            ctx.weight_is_done = grads.adds_to_main_grad
-            ctx.is_differentiated = False
-            ctx.save_for_backward(grads.hidden(), grads.weight())
-        return loss, logp_N, entropy_N
+            grads.add_chunk(rows, logits)
+        return loss
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        grad_hidden_NH, grad_weight_VpH = ctx.saved_tensors
-        if ctx.weight_is_done:
-            if ctx.is_differentiated:
-                raise RuntimeError(
-                    "the weight's gradient went to main_grad once: the loss can't be "
-                    "differentiated a second time"
-                )
-            ctx.is_differentiated = True
-            torch._assert_async(
-                grad_loss == 1, "the weight's gradient is in main_grad: the loss can't be scaled"
-            )
-        elif grad_weight_VpH is not None:
-            grad_weight_VpH = (grad_weight_VpH * grad_loss).to(grad_weight_VpH.dtype)
-        grad_hidden_NH = (grad_hidden_NH * grad_loss).to(grad_hidden_NH.dtype)
-        return grad_hidden_NH, grad_weight_VpH, None, None, None, None, None, None
-
-
-def _logit_chunks(hidden_NH: Tensor, head: LMHead) -> Iterator[tuple[slice, Tensor]]:
-    """Yield (rows, logits) over chunks of tokens; each overwrites the one before."""
-    weight_VpH = head.weight_VpH
-    # By what is the same on all ranks, which have to have the same chunks.
-    num_ranks = dist.get_world_size(head.tp_group)
-    row_bytes = -(-head.vocab_size // num_ranks) * head.logits_dtype.itemsize
-    chunks = even_slices(len(hidden_NH), CHUNK_BYTES[hidden_NH.device.type] // row_bytes)
-    buffer = hidden_NH.new_empty(
-        chunks[0].stop if chunks else 0, len(weight_VpH), dtype=head.logits_dtype
-    )
-    for rows in chunks:
-        logits = buffer[: rows.stop - rows.start]
-        for columns in _product_tiles(weight_VpH, rows):
-            product(hidden_NH[rows], weight_VpH[columns].t(), out=logits[:, columns])
-        yield rows, logits
-
-
-def _product_tiles(weight_VpH: Tensor, rows: slice) -> list[slice]:
-    """Return the columns to be multiplied at a time: all, unless their weights are widened."""
-    return column_tiles(weight_VpH, rows) if is_widened(weight_VpH) else [slice(0, len(weight_VpH))]
+    targets_N, teacher_logp_N = targets_N.contiguous(), teacher_logp_N.contiguous()
+    loss = gradient_in_forward(hidden_NH, head.weight_VpH, visit)
+    return PolicyGradient(loss, logp_N, entropy_N)

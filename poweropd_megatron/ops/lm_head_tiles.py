@@ -19,6 +19,10 @@ from poweropd_megatron.ops.rows import LOGIT_DTYPES, check_targets
 TILE_BYTES = {"cpu": 16 << 20, "cuda": 512 << 20}
 """Logits, in fp32, of a tile: a CPU's stay near its cache, a GPU wants large products."""
 TILE_ROWS = {"cpu": 2048, "cuda": 8192}
+CHUNK_BYTES = {"cpu": 160 << 20, "cuda": 2 << 30}
+"""Logits of the tokens that are visited at a time: whole rows of a rank's columns, padding not
+counted. The weight's
+gradient is read and written once a chunk, which a GPU's memory feels sooner."""
 _COLUMN_MULTIPLE = 128
 
 
@@ -117,6 +121,11 @@ class Gradients:
         if self._sum_VpH is not None:
             add_product_(self._sum_VpH[columns], grad_logits.t(), self._hidden_NH[rows])
 
+    def add_chunk(self, rows: slice, grad_logits: Tensor) -> None:
+        """Add what the logits' gradient of a chunk of tokens gives, over all columns."""
+        for columns in product_tiles(self._weight_VpH, rows):
+            self.add(rows, columns, grad_logits[:, columns])
+
     def hidden(self) -> Tensor:
         """Return the hidden states' gradient, in their dtype."""
         return self._sum_NH.to(self._hidden_NH.dtype)
@@ -142,6 +151,35 @@ def logit_tiles(hidden_NH: Tensor, head: LMHead) -> Iterator[tuple[slice, slice,
             )
             product(hidden_NH[rows], weight.t(), out=logits)
             yield rows, columns, logits
+
+
+def token_chunks(hidden_NH: Tensor, head: LMHead, *, num_models: int = 1) -> list[slice]:
+    """Return slices of the tokens whose logits, those of num_models together, fit in CHUNK_BYTES.
+
+    They depend on what is the same on all ranks of the head, which have to have the same chunks.
+    """
+    num_ranks = dist.get_world_size(head.tp_group)
+    row_bytes = num_models * -(-head.vocab_size // num_ranks) * head.logits_dtype.itemsize
+    return even_slices(len(hidden_NH), CHUNK_BYTES[hidden_NH.device.type] // row_bytes)
+
+
+def chunk_buffer(hidden_NH: Tensor, head: LMHead, chunks: list[slice]) -> Tensor:
+    """Return room for the logits of the longest of the chunks, [n, Vp] in the logits' dtype."""
+    longest = chunks[0].stop if chunks else 0
+    return hidden_NH.new_empty(longest, len(head.weight_VpH), dtype=head.logits_dtype)
+
+
+def chunk_logits(hidden_NH: Tensor, head: LMHead, rows: slice, buffer: Tensor) -> Tensor:
+    """Return the logits of a chunk of tokens, [n, Vp], written to the buffer."""
+    logits = buffer[: rows.stop - rows.start]
+    for columns in product_tiles(head.weight_VpH, rows):
+        product(hidden_NH[rows], head.weight_VpH[columns].t(), out=logits[:, columns])
+    return logits
+
+
+def product_tiles(weight_VpH: Tensor, rows: slice) -> list[slice]:
+    """Return the columns to be multiplied at a time: all, unless their weights are widened."""
+    return column_tiles(weight_VpH, rows) if is_widened(weight_VpH) else [slice(0, len(weight_VpH))]
 
 
 def column_tiles(weight_VpH: Tensor, rows: slice) -> list[slice]:

@@ -16,7 +16,7 @@ from plain_training import update_in_plain_torch
 from support.rank_pool import RankPool
 from training import Measured, Row, update_on_ranks
 
-from poweropd_megatron.ops import fused_policy_gradient, lm_head_tiles
+from poweropd_megatron.ops import lm_head_tiles
 
 TOLERANCE = 1e-5
 """Norm of the difference over norm of the reference."""
@@ -41,9 +41,7 @@ CASES = [
 def update_with_each_head(heads: Sequence[str], row: Row, *folders: str) -> list[Measured]:
     """Return what this rank saw of the updates with each head, each from the same start."""
     lm_head_tiles.TILE_ROWS = {"cpu": 3}
-    fused_policy_gradient.CHUNK_BYTES = {
-        "cpu": 3 * 4 * -(-37 // row.student.tensor_model_parallel_size)
-    }
+    lm_head_tiles.CHUNK_BYTES = {"cpu": 3 * 4 * -(-37 // row.student.tensor_model_parallel_size)}
     measured = []
     for head in heads:
         measured.append(update_on_ranks(replace(row, head=head), *folders))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from poweropd_megatron.config.schema import ObjectiveConfig
 from poweropd_megatron.objectives.rewards import build_reward
-from poweropd_megatron.ops import fused_policy_gradient, lm_head_tiles
+from poweropd_megatron.ops import lm_head_tiles
 from poweropd_megatron.ops.lm_head import score
 from poweropd_megatron.ops.lm_head_tiles import LMHead
 
@@ -72,7 +72,7 @@ def compute(kind: str, sharded: ShardedCase) -> Result:
         if sharded.tiny_tiles:
             patch.setattr(lm_head_tiles, "TILE_ROWS", {"cpu": 16})
             patch.setattr(lm_head_tiles, "TILE_BYTES", {"cpu": 4 * 16 * 128})
-            patch.setattr(fused_policy_gradient, "CHUNK_BYTES", chunk_bytes)
+            patch.setattr(lm_head_tiles, "CHUNK_BYTES", chunk_bytes)
         return compute_from_columns(kind, case, columns)
 
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from support.lm_head_cases import HEADS, Batch, loss_of, power
 from support.rank_pool import RankPool
 
-from poweropd_megatron.ops import fused_policy_gradient
+from poweropd_megatron.ops import lm_head_tiles
 from poweropd_megatron.ops.lm_head import score
 from poweropd_megatron.ops.lm_head_tiles import LMHead
 from poweropd_megatron.ops.logprob import vocab_parallel_logprob
@@ -79,7 +79,7 @@ def refusals(odd: dict[str, Odd], operations: tuple[str, ...]) -> dict[tuple[str
     """Return what this rank is told in each case, by each operation."""
     is_odd = dist.get_rank() == dist.get_world_size() - 1
     # Chunks of a token or two: by its own columns a rank would gather other rows than the rest.
-    fused_policy_gradient.CHUNK_BYTES = {"cpu": 50}
+    lm_head_tiles.CHUNK_BYTES = {"cpu": 50}
     told = {}
     for name, case in odd.items():
         for operation in operations:

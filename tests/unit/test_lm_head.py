@@ -22,7 +22,7 @@ from torch import Tensor
 
 from poweropd_megatron.config.schema import ObjectiveConfig
 from poweropd_megatron.objectives.rewards import build_reward
-from poweropd_megatron.ops import fused_policy_gradient, lm_head_tiles
+from poweropd_megatron.ops import lm_head_tiles
 from poweropd_megatron.ops.lm_head import materialized_logprob, recomputed_logprob, score
 from poweropd_megatron.ops.lm_head_tiles import LMHead
 from poweropd_megatron.ops.logprob import TokenLogprobs
@@ -45,7 +45,7 @@ def _tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
     if request.param == "tiny tiles":
         monkeypatch.setattr(lm_head_tiles, "TILE_ROWS", {"cpu": 7})
         monkeypatch.setattr(lm_head_tiles, "TILE_BYTES", {"cpu": 4 * 7 * 128})
-        monkeypatch.setattr(fused_policy_gradient, "CHUNK_BYTES", {"cpu": 4 * 311 * 5})
+        monkeypatch.setattr(lm_head_tiles, "CHUNK_BYTES", {"cpu": 4 * 311 * 5})
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from support.lm_head_cases import HEADS, Batch, Case, error, exact, leaves, loss
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from poweropd_megatron.ops import fused_policy_gradient, lm_head_tiles
+from poweropd_megatron.ops import lm_head_tiles
 from poweropd_megatron.ops.lm_head import score
 from poweropd_megatron.ops.lm_head_tiles import LMHead
 from poweropd_megatron.parallel.layout import Layout
@@ -31,7 +31,7 @@ def _tiny_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make many tiles and chunks, whose shares of a gradient have to be added up."""
     monkeypatch.setattr(lm_head_tiles, "TILE_ROWS", {"cpu": 7})
     monkeypatch.setattr(lm_head_tiles, "TILE_BYTES", {"cpu": 4 * 7 * 128})
-    monkeypatch.setattr(fused_policy_gradient, "CHUNK_BYTES", {"cpu": 4 * 311 * 5})
+    monkeypatch.setattr(lm_head_tiles, "CHUNK_BYTES", {"cpu": 4 * 311 * 5})
 
 
 @pytest.fixture
@@ -274,7 +274,7 @@ def test_a_few_tokens_never_widen_the_whole_bf16_weight(
         dtype=torch.bfloat16, num_tokens=3, hidden_size=64, vocab_size=5000, padded_size=5000
     )
     monkeypatch.setattr(lm_head_tiles, "TILE_BYTES", {"cpu": 4 * 64 * 128})
-    monkeypatch.setattr(fused_policy_gradient, "CHUNK_BYTES", {"cpu": 4 * 5000 * 3})
+    monkeypatch.setattr(lm_head_tiles, "CHUNK_BYTES", {"cpu": 4 * 5000 * 3})
     batch = case.batch()
     head = LMHead(weight_VpH=batch.weight_VpH, vocab_size=5000, tp_group=layout.groups.tp)
     with torch.no_grad(), LargestTensor() as seen:

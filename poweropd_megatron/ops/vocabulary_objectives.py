@@ -1,0 +1,200 @@
+"""Objectives over the whole vocabulary: what each adds up of two distributions, and its gradient.
+
+p is the teacher, q the student, z the student's logits. Each works on some rows of a rank's columns
+at a time: first the sums of these columns, then, given the sums over all ranks, the gradient.
+Shapes: n rows, v columns of the vocabulary on this rank, K sums.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+
+class Distributions(NamedTuple):
+    """Both models' natural log-probs over some rows and columns, fp32."""
+
+    student_logp_nv: Tensor
+    teacher_logp_nv: Tensor
+    is_top_nv: Tensor | None = None
+    """Which columns are among the most likely ones, for objectives that tell these apart."""
+
+
+class VocabularyObjective(Protocol):
+    """An objective of each token's two distributions."""
+
+    @property
+    def top_k(self) -> int | None:
+        """Return how many tokens are told apart, or None for all."""
+        ...
+
+    @property
+    def top_of(self) -> Literal["student", "teacher"]:
+        """Return by which model's logits they are chosen."""
+        ...
+
+    def sums(self, pair: Distributions) -> list[Tensor]:
+        """Return what this objective adds up over the columns beside KL(q || p), each [n]."""
+        ...
+
+    def loss(self, sums_nK: Tensor) -> Tensor:
+        """Return the loss of each row, [n], from KL(q || p) and the sums over the vocabulary."""
+        ...
+
+    def gradient(self, pair: Distributions, sums_nK: Tensor) -> Tensor:
+        """Return the gradient of the loss over the student's logits, [n, v]."""
+        ...
+
+
+def weighted(weight_nv: Tensor, value_nv: Tensor) -> Tensor:
+    """Return weight * value, and 0 where the weight is 0 whatever the value is, as in 0 log 0."""
+    return torch.where(weight_nv == 0, 0.0, weight_nv * value_nv)
+
+
+def kl_divergence(a_logp_nv: Tensor, b_logp_nv: Tensor) -> Tensor:
+    """Return what these columns add to KL(a || b), [n]."""
+    return weighted(a_logp_nv.exp(), a_logp_nv - b_logp_nv).sum(1)
+
+
+class _OverAllTokens:
+    top_k = None
+    top_of: Literal["student", "teacher"] = "student"
+
+
+@dataclass(frozen=True)
+class ReverseKL(_OverAllTokens):
+    """KL(q || p) = sum_v q_v (log q_v - log p_v); d/dz_v = q_v (log q_v - log p_v - KL)."""
+
+    def sums(self, pair: Distributions) -> list[Tensor]:  # noqa: ARG002
+        """Return nothing: the KL is added up for all objectives."""
+        return []
+
+    def loss(self, sums_nK: Tensor) -> Tensor:
+        """Return the KL."""
+        return sums_nK[:, 0]
+
+    def gradient(self, pair: Distributions, sums_nK: Tensor) -> Tensor:
+        """Return the gradient, exactly 0 where both distributions are the same bits."""
+        student_nv = pair.student_logp_nv.exp()
+        gap_nv = pair.student_logp_nv - pair.teacher_logp_nv
+        return weighted(student_nv, gap_nv.sub_(sums_nK[:, :1]))
+
+
+@dataclass(frozen=True)
+class ExpectedReward(_OverAllTokens):
+    """The policy gradient of a token reward, in expectation over the token: no sampling noise.
+
+    The gradient is - sum_v q_v r(p_v, q_v) grad log q_v with r held constant; over the logits
+    - q_v (r_v - sum_u q_u r_u). The loss is what the sampled one is on average, - sum_v q_v r_v
+    log q_v.
+    """
+
+    reward: Callable[[Tensor, Tensor], Tensor]
+    """(teacher_logp, student_logp) -> reward, of each token by itself."""
+
+    def sums(self, pair: Distributions) -> list[Tensor]:
+        """Return the expected reward of these columns, and the expected r log q."""
+        student_nv = pair.student_logp_nv.exp()
+        reward_nv = self.reward(pair.teacher_logp_nv, pair.student_logp_nv)
+        gains_nv = weighted(student_nv, reward_nv * pair.student_logp_nv)
+        return [weighted(student_nv, reward_nv).sum(1), gains_nv.sum(1)]
+
+    def loss(self, sums_nK: Tensor) -> Tensor:
+        """Return the expected sampled loss."""
+        return -sums_nK[:, 2]
+
+    def gradient(self, pair: Distributions, sums_nK: Tensor) -> Tensor:
+        """Return the gradient, exactly 0 where both distributions are the same bits."""
+        reward_nv = self.reward(pair.teacher_logp_nv, pair.student_logp_nv)
+        return weighted(pair.student_logp_nv.exp(), sums_nK[:, 1:2] - reward_nv)
+
+
+@dataclass(frozen=True)
+class ForwardKL(_OverAllTokens):
+    """KL(p || q) = sum_v p_v (log p_v - log q_v); d/dz_v = q_v - p_v."""
+
+    def sums(self, pair: Distributions) -> list[Tensor]:
+        """Return the KL of these columns."""
+        return [kl_divergence(pair.teacher_logp_nv, pair.student_logp_nv)]
+
+    def loss(self, sums_nK: Tensor) -> Tensor:
+        """Return the KL."""
+        return sums_nK[:, 1]
+
+    def gradient(self, pair: Distributions, sums_nK: Tensor) -> Tensor:  # noqa: ARG002
+        """Return the gradient."""
+        return pair.student_logp_nv.exp() - pair.teacher_logp_nv.exp()
+
+
+@dataclass(frozen=True)
+class TopKReverseKL:
+    """KL(q || p) where the student's top k tokens stand for themselves, and one bucket for others.
+
+    With Q and P the bucket's probabilities, sum_top q_v (log q_v - log p_v) + Q (log Q - log P):
+    what the bucketed distributions differ by, at most KL(q || p). The student chooses, since its
+    probabilities are the weights; which tokens are chosen is held constant.
+    """
+
+    top_k: int
+    top_of: Literal["student", "teacher"] = "student"
+
+    def sums(self, pair: Distributions) -> list[Tensor]:
+        """Return the KL of these columns' top tokens, and both models' tails."""
+        gap_nv = pair.student_logp_nv - pair.teacher_logp_nv
+        return _top_sums(pair, pair.student_logp_nv, gap_nv)
+
+    def loss(self, sums_nK: Tensor) -> Tensor:
+        """Return the KL of the bucketed distributions."""
+        student_n, teacher_n = sums_nK[:, 2], sums_nK[:, 3]
+        return sums_nK[:, 1] + weighted(student_n, student_n.log() - teacher_n.log())
+
+    def gradient(self, pair: Distributions, sums_nK: Tensor) -> Tensor:
+        """Return the gradient, q_v (log of the bucket's ratio - KL)."""
+        assert pair.is_top_nv is not None
+        gap_n = sums_nK[:, 2].log() - sums_nK[:, 3].log()
+        gap_nv = pair.student_logp_nv - pair.teacher_logp_nv
+        gap_nv = torch.where(pair.is_top_nv, gap_nv, gap_n[:, None])
+        return weighted(pair.student_logp_nv.exp(), gap_nv - self.loss(sums_nK)[:, None])
+
+
+@dataclass(frozen=True)
+class TopKForwardKL:
+    """KL(p || q) where the teacher's top k tokens stand for themselves, and one bucket for others.
+
+    With P and Q the bucket's probabilities, sum_top p_v (log p_v - log q_v) + P (log P - log Q): at
+    most KL(p || q). The teacher chooses, since its probabilities are the weights.
+    """
+
+    top_k: int
+    top_of: Literal["student", "teacher"] = "teacher"
+
+    def sums(self, pair: Distributions) -> list[Tensor]:
+        """Return the KL of these columns' top tokens, and both models' tails."""
+        gap_nv = pair.teacher_logp_nv - pair.student_logp_nv
+        return _top_sums(pair, pair.teacher_logp_nv, gap_nv)
+
+    def loss(self, sums_nK: Tensor) -> Tensor:
+        """Return the KL of the bucketed distributions."""
+        student_n, teacher_n = sums_nK[:, 2], sums_nK[:, 3]
+        return sums_nK[:, 1] + weighted(teacher_n, teacher_n.log() - student_n.log())
+
+    def gradient(self, pair: Distributions, sums_nK: Tensor) -> Tensor:
+        """Return the gradient, q_v - p_v of a top token, q_v (1 - P / Q) of another."""
+        assert pair.is_top_nv is not None
+        student_nv = pair.student_logp_nv.exp()
+        excess_n = 1 - sums_nK[:, 3] / sums_nK[:, 2]
+        top_nv = student_nv - pair.teacher_logp_nv.exp()
+        return torch.where(pair.is_top_nv, top_nv, weighted(student_nv, excess_n[:, None]))
+
+
+def _top_sums(pair: Distributions, weight_logp_nv: Tensor, gap_nv: Tensor) -> list[Tensor]:
+    """Return the weighted gap over the top tokens, and the student's and teacher's tail, [n]."""
+    assert pair.is_top_nv is not None
+    tails = (
+        torch.where(pair.is_top_nv, 0.0, logp_nv.exp()).sum(1)
+        for logp_nv in (pair.student_logp_nv, pair.teacher_logp_nv)
+    )
+    gains_nv = weighted(weight_logp_nv.exp(), gap_nv)
+    return [torch.where(pair.is_top_nv, gains_nv, 0.0).sum(1), *tails]
