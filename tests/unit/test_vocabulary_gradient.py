@@ -1,0 +1,210 @@
+"""Objectives over the whole vocabulary on given logits: extremes, properties, sampled gradients.
+
+With an identity for a head the hidden states are the logits, and their gradient that of the logits.
+Shapes: N tokens, V vocabulary, M samples.
+"""
+
+from functools import partial
+from itertools import pairwise
+
+import pytest
+import torch
+from support.vocabulary_cases import LOSSES, OBJECTIVES
+from torch import Tensor
+
+from poweropd_megatron.objectives.rewards import log_ratio_reward, power_reward
+from poweropd_megatron.ops.fused_policy_gradient import fused_policy_gradient
+from poweropd_megatron.ops.fused_vocabulary_gradient import (
+    VocabularyGradient,
+    fused_vocabulary_gradient,
+)
+from poweropd_megatron.ops.lm_head_tiles import LMHead
+from poweropd_megatron.ops.vocabulary_objectives import (
+    ExpectedReward,
+    ReverseKL,
+    TopKForwardKL,
+    TopKReverseKL,
+    VocabularyObjective,
+)
+from poweropd_megatron.parallel.layout import Layout
+
+V = 12
+
+
+def identity_head(layout: Layout, size: int = V) -> LMHead:
+    return LMHead(weight_VpH=torch.eye(size), vocab_size=size, tp_group=layout.groups.tp)
+
+
+def of_logits(
+    student_NV: Tensor,
+    teacher_NV: Tensor,
+    objective: VocabularyObjective,
+    layout: Layout,
+    targets_N: Tensor | None = None,
+) -> tuple[VocabularyGradient, Tensor]:
+    """Return the objective of these logits, and its gradient over the student's."""
+    head = identity_head(layout, student_NV.shape[1])
+    leaf_NV = student_NV.clone().requires_grad_()
+    if targets_N is None:
+        targets_N = torch.zeros(len(student_NV), dtype=torch.int64)
+    result = fused_vocabulary_gradient(leaf_NV, head, teacher_NV, head, targets_N, objective)
+    [gradient_NV] = torch.autograd.grad(result.loss, leaf_NV)
+    return result, gradient_NV
+
+
+def random_logits(num_tokens: int = 4, scale: float = 2.0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    student, teacher = scale * torch.randn(2, num_tokens, V, generator=generator)
+    return student, teacher
+
+
+def one_hot(floor: float) -> Tensor:
+    return torch.full((V,), floor).index_fill(0, torch.tensor(3), 0.0)
+
+
+SOME, OTHERS = random_logits()
+EXTREMES = {
+    "offset of 1000": (SOME + 1000, OTHERS - 1000),
+    "all tied": (torch.zeros(2, V), OTHERS[:2]),
+    "teacher all tied": (SOME[:2], torch.full((2, V), -7.0)),
+    "tied in pairs": (SOME.repeat_interleave(2, 1)[:, :V], OTHERS.round()),
+    "one-hot teacher": (SOME, one_hot(-60.0).expand(4, V)),
+    "one-hot student": (one_hot(-60.0).expand(4, V), OTHERS),
+    "one-hot both": (one_hot(-60.0)[None], one_hot(-60.0).roll(1)[None]),
+    "student excludes tokens": (torch.cat([torch.full((4, 6), -1e30), SOME[:, 6:]], 1), OTHERS),
+    "equal": (SOME, SOME),
+}
+"""Logits of student and teacher."""
+
+
+@pytest.mark.parametrize("name", EXTREMES)
+@pytest.mark.parametrize("kind", OBJECTIVES)
+def test_extreme_logits_have_the_loss_and_gradient_of_fp64(
+    kind: str, name: str, layout: Layout
+) -> None:
+    student_NV, teacher_NV = EXTREMES[name]
+    if "excludes" in name and "forward" in kind:
+        pytest.skip("its fp64 value overflows the tolerance: the loss is 1e30")
+    result, gradient_NV = of_logits(student_NV, teacher_NV, OBJECTIVES[kind], layout)
+    leaf_NV = student_NV.double().requires_grad_()
+    loss_N = LOSSES[kind](leaf_NV.log_softmax(1), teacher_NV.double().log_softmax(1))
+    [expected_NV] = torch.autograd.grad(loss_N.sum(), leaf_NV)
+    torch.testing.assert_close(result.loss_N.double(), loss_N.detach(), rtol=2e-6, atol=2e-5)
+    torch.testing.assert_close(gradient_NV.double(), expected_NV, rtol=1e-5, atol=3e-6)
+
+
+@pytest.mark.parametrize("kind", OBJECTIVES)
+def test_a_student_that_is_the_teacher_has_no_gradient_at_all(kind: str, layout: Layout) -> None:
+    for logits_NV in (SOME, SOME + 1000, one_hot(-1e30)[None], torch.zeros(2, V)):
+        result, gradient_NV = of_logits(logits_NV, logits_NV, OBJECTIVES[kind], layout)
+        assert not gradient_NV.any()
+        assert not result.reverse_kl_N.any()
+
+
+def test_a_token_that_the_teacher_can_not_produce_costs_the_reverse_kl_infinitely(
+    layout: Layout,
+) -> None:
+    """It isn't clamped: the run sees a loss that isn't finite."""
+    teacher_NV = torch.full((4, V), 3e38)
+    teacher_NV[:, 2] = -3e38
+    result, _ = of_logits(SOME, teacher_NV, ReverseKL(), layout)
+    assert (result.loss_N == torch.inf).all()
+
+
+@pytest.mark.parametrize("kind", OBJECTIVES)
+def test_nan_of_ignored_rows_reaches_nothing(kind: str, layout: Layout) -> None:
+    targets_N = torch.tensor([0, -100, 1, 2])
+    poisoned, clean = OTHERS.clone(), OTHERS.clone()
+    poisoned[1] = torch.nan
+    found, gradient_NV = of_logits(SOME, poisoned, OBJECTIVES[kind], layout, targets_N)
+    expected, expected_NV = of_logits(SOME, clean, OBJECTIVES[kind], layout, targets_N)
+    assert torch.equal(gradient_NV, expected_NV)
+    assert not gradient_NV[1].any()
+    for value, wanted in zip(found, expected, strict=True):
+        assert torch.equal(value, wanted)
+
+
+@pytest.mark.parametrize("kind", OBJECTIVES)
+def test_nan_of_a_live_row_stays(kind: str, layout: Layout) -> None:
+    poisoned = OTHERS.clone()
+    poisoned[1, 4] = torch.nan
+    result, _ = of_logits(SOME, poisoned, OBJECTIVES[kind], layout)
+    assert result.loss_N.isnan().tolist() == [False, True, False, False]
+
+
+def test_the_expected_log_ratio_reward_has_the_gradient_of_the_reverse_kl(layout: Layout) -> None:
+    _, expected_NV = of_logits(SOME, OTHERS, ReverseKL(), layout)
+    _, found_NV = of_logits(SOME, OTHERS, ExpectedReward(log_ratio_reward), layout)
+    torch.testing.assert_close(found_NV, expected_NV, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("whole", [TopKReverseKL(V), TopKForwardKL(V), TopKReverseKL(3 * V)])
+def test_k_of_the_whole_vocabulary_is_the_kl_itself(
+    whole: TopKReverseKL | TopKForwardKL, layout: Layout
+) -> None:
+    kind = "reverse_kl" if isinstance(whole, TopKReverseKL) else "forward_kl"
+    expected, expected_NV = of_logits(SOME, OTHERS, OBJECTIVES[kind], layout)
+    found, found_NV = of_logits(SOME, OTHERS, whole, layout)
+    torch.testing.assert_close(found.loss_N, expected.loss_N)
+    torch.testing.assert_close(found_NV, expected_NV, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("bucketed", [TopKReverseKL, TopKForwardKL])
+def test_a_larger_k_tells_more_of_the_kl(
+    bucketed: type[TopKReverseKL] | type[TopKForwardKL], layout: Layout
+) -> None:
+    losses = [
+        of_logits(SOME, OTHERS, bucketed(top_k), layout)[0].loss_N for top_k in range(1, V + 1)
+    ]
+    assert all((more - less).min() > -1e-6 for less, more in pairwise(losses))
+    assert (losses[-1] > losses[0] + 0.1).all()
+
+
+@pytest.mark.parametrize(
+    ("reward", "exact"),
+    [
+        (partial(power_reward, alpha=0.1), None),
+        (partial(power_reward, alpha=1.0), None),
+        (partial(power_reward, alpha=5.0), None),
+        (log_ratio_reward, ReverseKL()),
+    ],
+    ids=["power 0.1", "power 1", "power 5", "log-ratio, reverse KL"],
+)
+def test_the_mean_of_sampled_gradients_comes_to_the_exact_one(
+    reward: object, exact: ReverseKL | None, layout: Layout
+) -> None:
+    """Within 5 standard errors of each of 48 components, which are far smaller than these."""
+    size = 6
+    student_NV, teacher_NV = (logits[:, :size] for logits in random_logits(8, scale=1.2))
+    _, exact_NV = of_logits(student_NV, teacher_NV, exact or ExpectedReward(reward), layout)
+    num_samples = 40_000
+    generator = torch.Generator().manual_seed(1)
+    tokens_NM = torch.multinomial(
+        student_NV.softmax(1), num_samples, replacement=True, generator=generator
+    )
+    teacher_logp_NM = teacher_NV.log_softmax(1).gather(1, tokens_NM)
+    hidden = student_NV.repeat_interleave(num_samples, 0).requires_grad_()
+    loss = fused_policy_gradient(
+        hidden, identity_head(layout, size), tokens_NM.flatten(), teacher_logp_NM.flatten(), reward
+    ).loss
+    [gradient] = torch.autograd.grad(loss, hidden)
+    sampled_NMV = gradient.view(len(student_NV), num_samples, size)
+    standard_error_NV = sampled_NMV.std(1) / num_samples**0.5
+    deviation_NV = (sampled_NMV.mean(1) - exact_NV) / standard_error_NV
+    assert deviation_NV.abs().max() < 5
+    assert exact_NV.abs().mean() > 10 * standard_error_NV.mean()
+
+
+def test_heads_that_are_cut_differently_are_refused(layout: Layout) -> None:
+    group, targets_N = layout.groups.tp, torch.zeros(2, dtype=torch.int64)
+    heads = [
+        LMHead(weight_VpH=torch.zeros(size, 3), vocab_size=vocab_size, tp_group=group)
+        for size, vocab_size in ((5, 5), (5, 4), (6, 5))
+    ]
+    hidden = torch.zeros(2, 3)
+    for other, message in (
+        (heads[1], "vocab_size is 5 of the student's head, 4 of the teacher's"),
+        (heads[2], "weight_VpH has 5 columns of the student's head, 6 of the teacher's"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            fused_vocabulary_gradient(hidden, heads[0], hidden, other, targets_N, ReverseKL())
