@@ -6,7 +6,7 @@ Shapes: S positions, B sequences, N chosen tokens, H hidden, Vp columns of the v
 rank.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -21,9 +21,14 @@ from poweropd_megatron.objectives.loss import policy_gradient_loss
 from poweropd_megatron.objectives.rewards import Reward
 from poweropd_megatron.objectives.weights import TokenWeights
 from poweropd_megatron.ops.fused_policy_gradient import PolicyGradient, fused_policy_gradient
+from poweropd_megatron.ops.fused_vocabulary_gradient import (
+    VocabularyGradient,
+    fused_vocabulary_gradient,
+)
 from poweropd_megatron.ops.lm_head import materialized_logprob, recomputed_logprob, score
 from poweropd_megatron.ops.lm_head_tiles import LMHead
 from poweropd_megatron.ops.matmul import product
+from poweropd_megatron.ops.vocabulary_objectives import VocabularyObjective
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +66,22 @@ class RewardedTokens:
     weight: TokenWeights | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class ComparedTokens:
+    """At which positions of a batch the student's distribution is compared with the teacher's.
+
+    Shapes: teacher_hidden_NG, the hidden states that predict the chosen tokens in row-major order,
+    on the first tensor-parallel rank, which tells the others; teacher_weight_VpG this rank's rows
+    of the teacher's output layer, on the last stage; weight_N fp32, by default 1 each.
+    """
+
+    chosen: ChosenTokens
+    teacher_hidden_NG: Tensor
+    teacher_weight_VpG: Tensor | None
+    objective: VocabularyObjective
+    weight_N: Tensor | None = None
+
+
 def score_chosen(
     *,
     hidden_states: Tensor,
@@ -76,6 +97,18 @@ def score_chosen(
     """
     hidden_NH, head = _chosen_hidden(hidden_states, output_layer, output_weight, config, context)
     return score(hidden_NH, head, context.labels_N).logp_N
+
+
+def hidden_of_chosen(
+    *,
+    hidden_states: Tensor,
+    config: Any,
+    context: ChosenTokens,
+    **_: Any,
+) -> Tensor:
+    """Return the hidden states from which the chosen tokens are predicted, [N, H], in row-major
+    order of is_chosen_BS: what the head would be multiplied with. Without gradients."""
+    return _gathered_hidden(hidden_states, config, context)
 
 
 def policy_gradient_of_chosen(
@@ -109,6 +142,40 @@ def policy_gradient_of_chosen(
     if context.weight is not None:
         reward_N = context.weight(slice(None), logp_N) * reward_N
     return PolicyGradient(policy_gradient_loss(logp_N, reward_N), logp_N.detach(), entropy_N)
+
+
+def vocabulary_gradient_of_chosen(
+    *,
+    hidden_states: Tensor,
+    output_layer: Any,
+    output_weight: Tensor | None,
+    config: Any,
+    context: ComparedTokens,
+    **_: Any,
+) -> VocabularyGradient:
+    """Return the objective over the vocabulary at the chosen tokens, a sum, and what it is made of.
+
+    Cost beside the objective's: one broadcast of the teacher's hidden states over the
+    tensor-parallel ranks. Gradients: as for policy_gradient_of_chosen.
+    """
+    chosen, weight_VpG = context.chosen, context.teacher_weight_VpG
+    assert weight_VpG is not None
+    hidden_NH, head = _chosen_hidden(hidden_states, output_layer, output_weight, config, chosen)
+    teacher_NG = weight_VpG.new_empty(len(hidden_NH), weight_VpG.shape[1])
+    if dist.get_rank(chosen.tp_group) == 0:
+        teacher_NG.copy_(context.teacher_hidden_NG)
+    if dist.get_world_size(chosen.tp_group) > 1:
+        dist.broadcast(teacher_NG, group=chosen.tp_group, group_src=0)
+    teacher_head = replace(head, weight_VpH=weight_VpG)
+    return fused_vocabulary_gradient(
+        hidden_NH,
+        head,
+        teacher_NG,
+        teacher_head,
+        chosen.labels_N,
+        context.objective,
+        context.weight_N,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,9 +219,7 @@ def _chosen_hidden(
     Their gradient is summed over the tensor-parallel ranks: by a reduce-scatter where sequence
     parallelism cut them, else by an all-reduce.
     """
-    if config.sequence_parallel:
-        hidden_SBH = gather_from_sequence_parallel_region(hidden_SBH, group=chosen.tp_group)
-    hidden_NH = hidden_SBH.transpose(0, 1)[chosen.is_chosen_BS]
+    hidden_NH = _gathered_hidden(hidden_SBH, config, chosen)
     if not config.sequence_parallel:
         hidden_NH = copy_to_tensor_model_parallel_region(hidden_NH, group=chosen.tp_group)
     head = LMHead(
@@ -164,3 +229,9 @@ def _chosen_hidden(
         logits_dtype=chosen.logits_dtype,
     )
     return hidden_NH, head
+
+
+def _gathered_hidden(hidden_SBH: Tensor, config: Any, chosen: ChosenTokens) -> Tensor:
+    if config.sequence_parallel:
+        hidden_SBH = gather_from_sequence_parallel_region(hidden_SBH, group=chosen.tp_group)
+    return hidden_SBH.transpose(0, 1)[chosen.is_chosen_BS]

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from poweropd_megatron.ops.arguments import check_fp32
 from poweropd_megatron.ops.backends import IGNORED_TARGET, Softmaxes, kernels_for
 from poweropd_megatron.ops.compiled_rows import num_valid_columns
 from poweropd_megatron.ops.gradient_in_forward import gradient_in_forward
@@ -39,7 +40,7 @@ class VocabularyGradient(NamedTuple):
     """
 
     loss: Tensor
-    """The sum of loss_N, a differentiable scalar."""
+    """The sum of weight * loss_N, a differentiable scalar."""
     loss_N: Tensor
     reverse_kl_N: Tensor
     """KL(student || teacher) over the whole vocabulary, in nats, whatever the objective is."""
@@ -57,6 +58,7 @@ def fused_vocabulary_gradient(
     teacher_head: LMHead,
     targets_N: Tensor,
     objective: VocabularyObjective,
+    weight_N: Tensor | None = None,
 ) -> VocabularyGradient:
     """Return an objective of both distributions at each token; its gradients are made on the way.
 
@@ -65,7 +67,8 @@ def fused_vocabulary_gradient(
     states' gradient, and what may follow: as for gradient_in_forward. The targets only say which
     tokens' log-probs are returned.
     Shapes: hidden_NH [N, H], teacher_hidden_NG [N, G], targets_N [N] int64 in [0, vocab_size) or
-    -100 (no part of the loss, but multiplied with the student's weight like the others: no NaN).
+    -100 (no part of the loss, but multiplied with the student's weight like the others: no NaN);
+    weight_N [N] fp32, by default 1 each.
     Memory: CHUNK_BYTES of logits, of both models together; some blocks of BLOCK_ELEMENTS; an fp32
     copy of hidden_NH's gradient.
     Cost: four GEMMs. Over several ranks two all_gathers in each chunk, of 32 and of 4 (1 + K) bytes
@@ -75,6 +78,9 @@ def fused_vocabulary_gradient(
     head.check(hidden_NH, targets_N)
     teacher_head.check(teacher_hidden_NG, targets_N)
     _check_heads_alike(head, teacher_head)
+    if weight_N is None:
+        weight_N = hidden_NH.new_ones(len(hidden_NH), dtype=torch.float32)
+    check_fp32("weight_N", weight_N, targets_N.shape, targets_N.device)
     targets_N = targets_N.contiguous()
     results_5N = hidden_NH.new_zeros(5, len(hidden_NH), dtype=torch.float32)
 
@@ -91,9 +97,9 @@ def fused_vocabulary_gradient(
             )
             results_5N[:, rows] = pair.results()
             if grads is not None:
-                pair.overwrite_by_gradient()
+                pair.overwrite_by_gradient(weight_N[rows])
                 grads.add_chunk(rows, pair.student_logits)
-        return results_5N[0].sum()
+        return (weight_N * results_5N[0]).sum()
 
     loss = gradient_in_forward(hidden_NH, head.weight_VpH, visit)
     return VocabularyGradient(loss, *results_5N)
@@ -153,12 +159,12 @@ class _Pair:
             ]
         )
 
-    def overwrite_by_gradient(self) -> None:
-        """Write the gradient over the student's logits."""
+    def overwrite_by_gradient(self, weight_n: Tensor) -> None:
+        """Write the gradient of the weighted losses over the student's logits."""
         self.student_logits[:, self._columns :] = 0
         for rows, pair in self._blocks():
             gradient = self._objective.gradient(pair, self._sums_nK[rows])
-            self.student_logits[rows, : self._columns] = gradient
+            self.student_logits[rows, : self._columns] = gradient.mul_(weight_n[rows, None])
 
     def _softmaxes(self) -> tuple[Softmaxes, Softmaxes]:
         """Return both models' softmaxes, with one collective."""

@@ -138,6 +138,11 @@ class Layout:
         last_stage = dist.get_process_group_ranks(self.groups.pp)[-1]
         return last_stage - self.tp_rank
 
+    def speaker_of(self, copy: int) -> int:
+        """Return the global rank that speaks for a model copy; known on all ranks of the job."""
+        stages_before = self.num_copies * (self.pp_size - 1)
+        return self.ranks[self.tp_size * (copy + stages_before)]
+
 
 def student_layout(
     parallel: ParallelConfig, device: torch.device, *, seed: int, ranks: range | None = None

@@ -17,6 +17,7 @@ from torch import Tensor
 from poweropd_megatron.models.context_parallel import own_positions
 from poweropd_megatron.models.packed import pack_params
 from poweropd_megatron.models.scoring import ChosenTokens
+from poweropd_megatron.parallel.layout import Layout
 from poweropd_megatron.rollout.trajectories import Trajectories
 from poweropd_megatron.train.batching import Batching
 
@@ -116,6 +117,17 @@ def cut_batch(
             )
         )
     return micro_batches
+
+
+def cut_own(
+    trajectories: Trajectories, mask_BT: Tensor, batching: Batching, layout: Layout
+) -> list[MicroBatch]:
+    """Return this rank's micro-batches, or its slices of them; none on ranks without the model."""
+    if not layout.holds_model:
+        return []
+    return cut_batch(
+        trajectories, mask_BT, batching, dp_rank=layout.dp_rank, cp_rank=layout.cp_rank
+    )
 
 
 def rows_of(micro_batches: Sequence[MicroBatch]) -> Tensor:

@@ -23,7 +23,7 @@ from poweropd_megatron.rollout.trajectories import Trajectories
 from poweropd_megatron.train.batching import Batching
 from poweropd_megatron.train.ddp import finish_param_gather, start_param_gather, wrap
 from poweropd_megatron.train.forward_step import ForwardStep, MicroBatchResult
-from poweropd_megatron.train.microbatches import MicroBatch, cut_batch, rows_of
+from poweropd_megatron.train.microbatches import MicroBatch, cut_own, rows_of
 from poweropd_megatron.train.score_tokens import score_tokens
 from poweropd_megatron.train.student_optimizer import build_optimizer, join_building_of_optimizer
 from poweropd_megatron.train.student_outcome import StudentOutcome, join_outcomes
@@ -233,16 +233,7 @@ class Student:
         return float(grad_norm), float(learning_rate)
 
     def _cut(self, trajectories: Trajectories, labels: Labels) -> list[MicroBatch]:
-        """Return this rank's micro-batches; none on ranks without the student."""
-        if not self.layout.holds_model:
-            return []
-        return cut_batch(
-            trajectories,
-            labels.mask_BT,
-            self.batching,
-            dp_rank=self.layout.dp_rank,
-            cp_rank=self.layout.cp_rank,
-        )
+        return cut_own(trajectories, labels.mask_BT, self.batching, self.layout)
 
     def _shared(self, own_KBT: Tensor, rows: Tensor) -> Tensor:
         """Return per-token values of the whole batch on every rank, from each rank's rows."""

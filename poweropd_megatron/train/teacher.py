@@ -1,6 +1,6 @@
-"""The frozen teacher: log-probs of the student's tokens, from forwards that keep nothing.
+"""The frozen teacher: log-probs of the student's tokens, or hidden states that predict them.
 
-Shapes: B sequences, T tokens.
+Shapes: B sequences, T tokens, N tokens in the loss, G hidden.
 """
 
 import time
@@ -15,13 +15,15 @@ from poweropd_megatron.models.build import TORCH_DTYPES, build_model
 from poweropd_megatron.models.finite import check_finite
 from poweropd_megatron.models.model_config import ModelConfig
 from poweropd_megatron.models.offload import OffloadedParameters
+from poweropd_megatron.models.scoring import hidden_of_chosen
 from poweropd_megatron.objectives.labels import Labels
 from poweropd_megatron.parallel.layout import Layout
 from poweropd_megatron.parallel.world import largest, share_rows
 from poweropd_megatron.rollout.trajectories import Trajectories
 from poweropd_megatron.train.batching import Batching
-from poweropd_megatron.train.microbatches import MicroBatch, cut_batch, rows_of
-from poweropd_megatron.train.score_tokens import score_tokens
+from poweropd_megatron.train.microbatches import MicroBatch, cut_own, rows_of
+from poweropd_megatron.train.score_tokens import outputs_of, score_tokens
+from poweropd_megatron.train.teacher_hidden import Handed, OwnHidden, copies_of_tokens, exchange
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +46,7 @@ class Teacher:
         """Load the teacher's shards. Raises: InputError if the folder's tensors don't fit."""
         self._config = config
         self._logits_dtype = TORCH_DTYPES[logits_dtype]
-        self._vocab_size = model.vocab_size
+        self._vocab_size, self._hidden_size = model.vocab_size, model.hidden_size
         self._layout = layout
         self._busy_seconds = self._load_seconds = 0.0
         self.batching = Batching.of(
@@ -83,29 +85,70 @@ class Teacher:
         Cost: a forward of each sequence on one of the teacher's copies; with teacher.offload, a
         copy of the weights to the device unless they are there.
         """
-        layout = self._layout
-        micro_batches: list[MicroBatch] = []
-        start = time.perf_counter()
-        if layout.holds_model:
-            if self._offloaded is not None:
-                self._load_seconds += self._offloaded.load()
-            micro_batches = cut_batch(
-                trajectories,
-                labels.mask_BT,
-                self.batching,
-                dp_rank=layout.dp_rank,
-                cp_rank=layout.cp_rank,
-            )
+        own, start = self._cut(trajectories, labels), time.perf_counter()
+        self._load()
         logp_BT = score_tokens(
             self.chunks,
-            layout,
-            micro_batches,
+            self._layout,
+            own,
             labels.teacher_BT,
             vocab_size=self._vocab_size,
             logits_dtype=self._logits_dtype,
         )
         self._busy_seconds += time.perf_counter() - start
-        return OwnScores(logp_BT=logp_BT, rows=rows_of(micro_batches))
+        return OwnScores(logp_BT=logp_BT, rows=rows_of(own))
+
+    @torch.no_grad()
+    def hidden_own(self, trajectories: Trajectories, labels: Labels) -> OwnHidden:
+        """Return this rank's share of the final hidden states that predict the tokens in the loss,
+        without waiting for ranks outside the teacher.
+
+        Cost: as score_own, less the head; on the ranks that speak for the teacher's copies, the
+        hidden states of their tokens in CPU memory.
+        """
+        own, start = self._cut(trajectories, labels), time.perf_counter()
+        self._load()
+        found = [
+            (micro_batch.target_RS[micro_batch.mask_RS], hidden_NG.cpu())
+            for micro_batch, hidden_NG in outputs_of(
+                self.chunks,
+                self._layout,
+                own,
+                labels.teacher_BT,
+                hidden_of_chosen,
+                vocab_size=self._vocab_size,
+                logits_dtype=self._logits_dtype,
+            )
+            if hidden_NG is not None and self._layout.speaks_for_model
+        ]
+        self._busy_seconds += time.perf_counter() - start
+        return OwnHidden.of(found, copies_of_tokens(trajectories, labels.mask_BT, self.batching))
+
+    def hand_over(self, parts: Sequence[OwnHidden], student: Layout, copy_BT: Tensor) -> Handed:
+        """Return, on each rank that speaks for a copy of the student, the hidden states of that
+        copy's tokens, given those of consecutive parts of a batch. Called by all ranks of the job.
+
+        copy_BT: which copy of the student trains on each token, as copies_of_tokens has it.
+        With teacher.offload the weights leave the device.
+        Cost: as exchange.
+        """
+        if self._offloaded is not None:
+            self._offloaded.unload()
+        return exchange(
+            parts,
+            copy_BT,
+            teacher=self._layout,
+            student=student,
+            width=self._hidden_size,
+            dtype=TORCH_DTYPES[self._config.dtype],
+        )
+
+    def _cut(self, trajectories: Trajectories, labels: Labels) -> list[MicroBatch]:
+        return cut_own(trajectories, labels.mask_BT, self.batching, self._layout)
+
+    def _load(self) -> None:
+        if self._offloaded is not None and self._layout.holds_model:
+            self._load_seconds += self._offloaded.load()
 
     def shared(self, parts: Sequence[OwnScores]) -> Tensor:
         """Return the scores of consecutive parts of a batch, on the CPU of every rank of the job.
