@@ -13,6 +13,7 @@ PRELOADED = (
     "torch",
     "poweropd_megatron.ops.lm_head",
     "poweropd_megatron.ops.fused_policy_gradient",
+    "poweropd_megatron.ops.fused_vocabulary_gradient",
     "megatron.core.fusions.fused_cross_entropy",
 )
 """What the processes are forked with, so that each starts in no time."""
