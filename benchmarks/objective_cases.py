@@ -17,8 +17,8 @@ from poweropd_megatron.ops.fused_vocabulary_gradient import fused_vocabulary_gra
 from poweropd_megatron.ops.lm_head import score
 from poweropd_megatron.ops.lm_head_tiles import LMHead
 from poweropd_megatron.ops.vocabulary_objectives import (
-    ExpectedReward,
     ForwardKL,
+    PowerExact,
     ReverseKL,
     TopKForwardKL,
     TopKReverseKL,
@@ -29,7 +29,7 @@ _REWARD = partial(power_reward, alpha=5.0)
 _TOP_K = 64
 OBJECTIVES: dict[str, VocabularyObjective] = {
     "reverse_kl": ReverseKL(),
-    "power_exact": ExpectedReward(_REWARD),
+    "power_exact": PowerExact(5.0),
     "forward_kl": ForwardKL(),
     "topk_reverse_kl": TopKReverseKL(_TOP_K),
     "topk_forward_kl": TopKForwardKL(_TOP_K),

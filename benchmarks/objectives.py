@@ -87,7 +87,7 @@ def _print_steps(steps: dict[str, Measured]) -> None:
         )
     time, memory = sampled.seconds / dense.seconds - 1, sampled.peak_bytes / dense.peak_bytes - 1
     print(
-        f"  sampled against dense, these heads: {100 * time:.1f} % time, {100 * memory:.1f} % memory"
+        f"  sampled against dense, of heads: {100 * time:.1f} % time, {100 * memory:.1f} % memory"
     )
     print(f"  {PAPER}")
 

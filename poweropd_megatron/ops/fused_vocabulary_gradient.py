@@ -231,9 +231,10 @@ def _rows_of(softmax: Softmaxes, rows: slice) -> Softmaxes:
 
 
 def _logp(logits_nv: Tensor, softmax: Softmaxes, rows: slice) -> Tensor:
-    """Return the log-probs of some rows, as log-prob kernels have them: the maximum goes first."""
+    """Return the log-probs of some rows, as the kernels have them: the maximum goes first."""
     logp_nv = logits_nv - softmax.maximum_N[rows, None]
-    return logp_nv.add_(softmax.inverse_sum_N[rows, None].log())
+    logp_nv.add_(softmax.inverse_sum_N[rows, None].log())
+    return logp_nv.clamp_(min=torch.finfo(torch.float32).min)
 
 
 def _sum_over_ranks(own_nK: Tensor, tp_group: dist.ProcessGroup) -> Tensor:

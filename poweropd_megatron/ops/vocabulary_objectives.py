@@ -5,7 +5,6 @@ at a time: first the sums of these columns, then, given the sums over all ranks,
 Shapes: n rows, v columns of the vocabulary on this rank, K sums.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
@@ -14,7 +13,11 @@ from torch import Tensor
 
 
 class Distributions(NamedTuple):
-    """Both models' natural log-probs over some rows and columns, fp32."""
+    """Both models' natural log-probs over some rows and columns, fp32.
+
+    All are finite or NaN: the most negative number stands for -inf, so that 0 log 0 comes out as 0,
+    and a token that one model alone excludes as a loss that overflows.
+    """
 
     student_logp_nv: Tensor
     teacher_logp_nv: Tensor
@@ -48,14 +51,20 @@ class VocabularyObjective(Protocol):
         ...
 
 
-def weighted(weight_nv: Tensor, value_nv: Tensor) -> Tensor:
-    """Return weight * value, and 0 where the weight is 0 whatever the value is, as in 0 log 0."""
-    return torch.where(weight_nv == 0, 0.0, weight_nv * value_nv)
-
-
 def kl_divergence(a_logp_nv: Tensor, b_logp_nv: Tensor) -> Tensor:
     """Return what these columns add to KL(a || b), [n]."""
-    return weighted(a_logp_nv.exp(), a_logp_nv - b_logp_nv).sum(1)
+    return (a_logp_nv - b_logp_nv).mul_(a_logp_nv.exp()).sum(1)
+
+
+def power_rewards(teacher_logp: Tensor, student_logp: Tensor, *, alpha: float) -> Tensor:
+    """Return p**alpha - q**alpha of finite log-probs, in operations that torch vectorizes.
+
+    The form is that of ops.rewards.token_reward, whose kernel takes tokens one by one on a CPU.
+    """
+    gap = teacher_logp - student_logp
+    shrunk = gap.abs().mul_(-alpha).expm1_().neg_()
+    size = torch.maximum(teacher_logp, student_logp).mul_(alpha).exp_().mul_(shrunk)
+    return size.copysign_(gap)
 
 
 class _OverAllTokens:
@@ -77,29 +86,25 @@ class ReverseKL(_OverAllTokens):
 
     def gradient(self, pair: Distributions, sums_nK: Tensor) -> Tensor:
         """Return the gradient, exactly 0 where both distributions are the same bits."""
-        student_nv = pair.student_logp_nv.exp()
         gap_nv = pair.student_logp_nv - pair.teacher_logp_nv
-        return weighted(student_nv, gap_nv.sub_(sums_nK[:, :1]))
+        return gap_nv.sub_(sums_nK[:, :1]).mul_(pair.student_logp_nv.exp())
 
 
 @dataclass(frozen=True)
-class ExpectedReward(_OverAllTokens):
-    """The policy gradient of a token reward, in expectation over the token: no sampling noise.
+class PowerExact(_OverAllTokens):
+    """The policy gradient of the power reward in expectation over the token: no sampling noise.
 
-    The gradient is - sum_v q_v r(p_v, q_v) grad log q_v with r held constant; over the logits
-    - q_v (r_v - sum_u q_u r_u). The loss is what the sampled one is on average, - sum_v q_v r_v
-    log q_v.
+    The gradient is - sum_v q_v r_v grad log q_v, r_v = p_v^alpha - q_v^alpha held constant, over
+    the logits - q_v (r_v - sum_u q_u r_u). The loss is the sampled one's expectation, - sum_v q_v
+    r_v log q_v.
     """
 
-    reward: Callable[[Tensor, Tensor], Tensor]
-    """(teacher_logp, student_logp) -> reward, of each token by itself."""
+    alpha: float
 
     def sums(self, pair: Distributions) -> list[Tensor]:
         """Return the expected reward of these columns, and the expected r log q."""
-        student_nv = pair.student_logp_nv.exp()
-        reward_nv = self.reward(pair.teacher_logp_nv, pair.student_logp_nv)
-        gains_nv = weighted(student_nv, reward_nv * pair.student_logp_nv)
-        return [weighted(student_nv, reward_nv).sum(1), gains_nv.sum(1)]
+        gains_nv = self._rewards(pair).mul_(pair.student_logp_nv.exp())
+        return [gains_nv.sum(1), (gains_nv * pair.student_logp_nv).sum(1)]
 
     def loss(self, sums_nK: Tensor) -> Tensor:
         """Return the expected sampled loss."""
@@ -107,8 +112,11 @@ class ExpectedReward(_OverAllTokens):
 
     def gradient(self, pair: Distributions, sums_nK: Tensor) -> Tensor:
         """Return the gradient, exactly 0 where both distributions are the same bits."""
-        reward_nv = self.reward(pair.teacher_logp_nv, pair.student_logp_nv)
-        return weighted(pair.student_logp_nv.exp(), sums_nK[:, 1:2] - reward_nv)
+        excess_nv = sums_nK[:, 1:2] - self._rewards(pair)
+        return excess_nv.mul_(pair.student_logp_nv.exp())
+
+    def _rewards(self, pair: Distributions) -> Tensor:
+        return power_rewards(pair.teacher_logp_nv, pair.student_logp_nv, alpha=self.alpha)
 
 
 @dataclass(frozen=True)
@@ -148,15 +156,15 @@ class TopKReverseKL:
     def loss(self, sums_nK: Tensor) -> Tensor:
         """Return the KL of the bucketed distributions."""
         student_n, teacher_n = sums_nK[:, 2], sums_nK[:, 3]
-        return sums_nK[:, 1] + weighted(student_n, student_n.log() - teacher_n.log())
+        return sums_nK[:, 1] + _tail_kl(student_n, teacher_n)
 
     def gradient(self, pair: Distributions, sums_nK: Tensor) -> Tensor:
         """Return the gradient, q_v (log of the bucket's ratio - KL)."""
         assert pair.is_top_nv is not None
-        gap_n = sums_nK[:, 2].log() - sums_nK[:, 3].log()
+        gap_n = _finite(sums_nK[:, 2].log() - sums_nK[:, 3].log())
         gap_nv = pair.student_logp_nv - pair.teacher_logp_nv
         gap_nv = torch.where(pair.is_top_nv, gap_nv, gap_n[:, None])
-        return weighted(pair.student_logp_nv.exp(), gap_nv - self.loss(sums_nK)[:, None])
+        return gap_nv.sub_(self.loss(sums_nK)[:, None]).mul_(pair.student_logp_nv.exp())
 
 
 @dataclass(frozen=True)
@@ -178,15 +186,15 @@ class TopKForwardKL:
     def loss(self, sums_nK: Tensor) -> Tensor:
         """Return the KL of the bucketed distributions."""
         student_n, teacher_n = sums_nK[:, 2], sums_nK[:, 3]
-        return sums_nK[:, 1] + weighted(teacher_n, teacher_n.log() - student_n.log())
+        return sums_nK[:, 1] + _tail_kl(teacher_n, student_n)
 
     def gradient(self, pair: Distributions, sums_nK: Tensor) -> Tensor:
         """Return the gradient, q_v - p_v of a top token, q_v (1 - P / Q) of another."""
         assert pair.is_top_nv is not None
         student_nv = pair.student_logp_nv.exp()
-        excess_n = 1 - sums_nK[:, 3] / sums_nK[:, 2]
+        excess_n = _finite(1 - sums_nK[:, 3] / sums_nK[:, 2])
         top_nv = student_nv - pair.teacher_logp_nv.exp()
-        return torch.where(pair.is_top_nv, top_nv, weighted(student_nv, excess_n[:, None]))
+        return torch.where(pair.is_top_nv, top_nv, student_nv.mul_(excess_n[:, None]))
 
 
 def _top_sums(pair: Distributions, weight_logp_nv: Tensor, gap_nv: Tensor) -> list[Tensor]:
@@ -196,5 +204,15 @@ def _top_sums(pair: Distributions, weight_logp_nv: Tensor, gap_nv: Tensor) -> li
         torch.where(pair.is_top_nv, 0.0, logp_nv.exp()).sum(1)
         for logp_nv in (pair.student_logp_nv, pair.teacher_logp_nv)
     )
-    gains_nv = weighted(weight_logp_nv.exp(), gap_nv)
+    gains_nv = gap_nv.mul_(weight_logp_nv.exp())
     return [torch.where(pair.is_top_nv, gains_nv, 0.0).sum(1), *tails]
+
+
+def _tail_kl(a_n: Tensor, b_n: Tensor) -> Tensor:
+    """Return a log(a / b), 0 where a is 0."""
+    return torch.where(a_n == 0, 0.0, a_n * (a_n.log() - b_n.log()))
+
+
+def _finite(value_n: Tensor) -> Tensor:
+    """Return the values, without the NaN of empty tails, which are multiplied with 0."""
+    return torch.where(value_n.isnan(), 0.0, value_n)

@@ -4,17 +4,15 @@ Shapes: N tokens, H hidden of the student and G of the teacher, V vocabulary, Vp
 """
 
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import NamedTuple
 
 import torch
 from support.lm_head_cases import IGNORED, Batch, Case
 from torch import Tensor
 
-from poweropd_megatron.objectives.rewards import power_reward
 from poweropd_megatron.ops.vocabulary_objectives import (
-    ExpectedReward,
     ForwardKL,
+    PowerExact,
     ReverseKL,
     TopKForwardKL,
     TopKReverseKL,
@@ -24,7 +22,7 @@ from poweropd_megatron.ops.vocabulary_objectives import (
 ALPHA, TOP_K = 0.7, 5
 OBJECTIVES: Mapping[str, VocabularyObjective] = {
     "reverse_kl": ReverseKL(),
-    "power_exact": ExpectedReward(partial(power_reward, alpha=ALPHA)),
+    "power_exact": PowerExact(ALPHA),
     "forward_kl": ForwardKL(),
     "topk_reverse_kl": TopKReverseKL(TOP_K),
     "topk_forward_kl": TopKForwardKL(TOP_K),

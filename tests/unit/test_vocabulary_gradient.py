@@ -9,10 +9,12 @@ from itertools import pairwise
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from support.vocabulary_cases import LOSSES, OBJECTIVES
 from torch import Tensor
 
-from poweropd_megatron.objectives.rewards import log_ratio_reward, power_reward
+from poweropd_megatron.objectives.rewards import Reward, log_ratio_reward, power_reward
 from poweropd_megatron.ops.fused_policy_gradient import fused_policy_gradient
 from poweropd_megatron.ops.fused_vocabulary_gradient import (
     VocabularyGradient,
@@ -20,15 +22,17 @@ from poweropd_megatron.ops.fused_vocabulary_gradient import (
 )
 from poweropd_megatron.ops.lm_head_tiles import LMHead
 from poweropd_megatron.ops.vocabulary_objectives import (
-    ExpectedReward,
+    PowerExact,
     ReverseKL,
     TopKForwardKL,
     TopKReverseKL,
     VocabularyObjective,
+    power_rewards,
 )
 from poweropd_megatron.parallel.layout import Layout
 
 V = 12
+LOGP = st.floats(-100, 0, width=32)
 
 
 def identity_head(layout: Layout, size: int = V) -> LMHead:
@@ -101,14 +105,13 @@ def test_a_student_that_is_the_teacher_has_no_gradient_at_all(kind: str, layout:
         assert not result.reverse_kl_N.any()
 
 
-def test_a_token_that_the_teacher_can_not_produce_costs_the_reverse_kl_infinitely(
-    layout: Layout,
-) -> None:
-    """It isn't clamped: the run sees a loss that isn't finite."""
+def test_the_gradient_norm_overflows_where_the_teacher_excludes_a_token(layout: Layout) -> None:
+    """So that the run ends: see train.student."""
     teacher_NV = torch.full((4, V), 3e38)
     teacher_NV[:, 2] = -3e38
-    result, _ = of_logits(SOME, teacher_NV, ReverseKL(), layout)
-    assert (result.loss_N == torch.inf).all()
+    result, gradient_NV = of_logits(SOME, teacher_NV, ReverseKL(), layout)
+    assert (result.loss_N > 1e30).all()
+    assert gradient_NV.norm() == torch.inf
 
 
 @pytest.mark.parametrize("kind", OBJECTIVES)
@@ -132,10 +135,20 @@ def test_nan_of_a_live_row_stays(kind: str, layout: Layout) -> None:
     assert result.loss_N.isnan().tolist() == [False, True, False, False]
 
 
-def test_the_expected_log_ratio_reward_has_the_gradient_of_the_reverse_kl(layout: Layout) -> None:
-    _, expected_NV = of_logits(SOME, OTHERS, ReverseKL(), layout)
-    _, found_NV = of_logits(SOME, OTHERS, ExpectedReward(log_ratio_reward), layout)
-    torch.testing.assert_close(found_NV, expected_NV, rtol=1e-5, atol=1e-6)
+@given(
+    logp=st.lists(st.tuples(LOGP, LOGP), min_size=1, max_size=40),
+    alpha=st.floats(0.01, 500),
+)
+def test_its_rewards_are_those_of_sampled_tokens(
+    logp: list[tuple[float, float]], alpha: float
+) -> None:
+    teacher, student = torch.tensor(logp).unbind(1)
+    found = power_rewards(teacher, student, alpha=alpha)
+    torch.testing.assert_close(
+        found, power_reward(teacher, student, alpha=alpha), rtol=2e-6, atol=0
+    )
+    assert (found.abs() <= 1).all()
+    assert (found * (teacher - student) >= 0).all()
 
 
 @pytest.mark.parametrize("whole", [TopKReverseKL(V), TopKForwardKL(V), TopKReverseKL(3 * V)])
@@ -157,26 +170,24 @@ def test_a_larger_k_tells_more_of_the_kl(
         of_logits(SOME, OTHERS, bucketed(top_k), layout)[0].loss_N for top_k in range(1, V + 1)
     ]
     assert all((more - less).min() > -1e-6 for less, more in pairwise(losses))
-    assert (losses[-1] > losses[0] + 0.1).all()
+    assert losses[-1].mean() > losses[0].mean() + 0.5
 
 
 @pytest.mark.parametrize(
     ("reward", "exact"),
     [
-        (partial(power_reward, alpha=0.1), None),
-        (partial(power_reward, alpha=1.0), None),
-        (partial(power_reward, alpha=5.0), None),
+        *((partial(power_reward, alpha=alpha), PowerExact(alpha)) for alpha in (0.1, 1.0, 5.0)),
         (log_ratio_reward, ReverseKL()),
     ],
     ids=["power 0.1", "power 1", "power 5", "log-ratio, reverse KL"],
 )
 def test_the_mean_of_sampled_gradients_comes_to_the_exact_one(
-    reward: object, exact: ReverseKL | None, layout: Layout
+    reward: Reward, exact: VocabularyObjective, layout: Layout
 ) -> None:
     """Within 5 standard errors of each of 48 components, which are far smaller than these."""
     size = 6
     student_NV, teacher_NV = (logits[:, :size] for logits in random_logits(8, scale=1.2))
-    _, exact_NV = of_logits(student_NV, teacher_NV, exact or ExpectedReward(reward), layout)
+    _, exact_NV = of_logits(student_NV, teacher_NV, exact, layout)
     num_samples = 40_000
     generator = torch.Generator().manual_seed(1)
     tokens_NM = torch.multinomial(
