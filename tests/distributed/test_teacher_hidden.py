@@ -15,6 +15,7 @@ from torch import Tensor
 from training import fixed_labels, fixed_trajectories
 
 from poweropd_megatron.config.schema import ParallelConfig
+from poweropd_megatron.parallel import cpu_device
 from poweropd_megatron.parallel.layout import Layout, student_layout, teacher_layout
 from poweropd_megatron.rollout.trajectories import Trajectories
 from poweropd_megatron.train.batching import Batching
@@ -65,6 +66,7 @@ def hand_over_on_ranks(
     """Return, of each of this rank's micro-batches, the tokens' places and the states it got; None
     on ranks that don't speak for a copy of the student.
     """
+    cpu_device.install()
     world_size = dist.get_world_size()
     num_student = world_size - (own or 0)
     student = student_layout(
