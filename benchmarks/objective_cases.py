@@ -11,7 +11,7 @@ import torch
 from logprob_cases import DTYPES, group_of_one
 from torch import Tensor
 
-from poweropd_megatron.objectives.rewards import power_reward
+from poweropd_megatron.objectives.sampled.power import power_reward
 from poweropd_megatron.ops.fused_policy_gradient import fused_policy_gradient
 from poweropd_megatron.ops.fused_vocabulary_gradient import fused_vocabulary_gradient
 from poweropd_megatron.ops.lm_head import score

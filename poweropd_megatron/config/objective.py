@@ -14,6 +14,11 @@ ObjectiveKind = Literal[
     "sqrt_diff",
     "box_cox",
     "constant_negative",
+    "reverse_kl",
+    "power_exact",
+    "forward_kl",
+    "topk_reverse_kl",
+    "topk_forward_kl",
 ]
 
 
@@ -21,11 +26,12 @@ ObjectiveKind = Literal[
 class Kind:
     """One objective.
 
-    family: "sampled" has a reward for each token that was drawn, which weighs its log-prob.
+    family: "sampled" has a reward for each token that was drawn, which weighs its log-prob; "exact"
+    compares both models' distributions at it, over the whole vocabulary.
     settings: those names in [objective] that not every kind uses, but this one does.
     """
 
-    family: Literal["sampled"] = "sampled"
+    family: Literal["sampled", "exact"] = "sampled"
     settings: tuple[str, ...] = ()
 
 
@@ -39,7 +45,14 @@ KINDS: dict[ObjectiveKind, Kind] = {
     "sqrt_diff": Kind(),
     "box_cox": Kind(settings=("alpha",)),
     "constant_negative": Kind(settings=("low_probability",)),
+    "reverse_kl": Kind(family="exact"),
+    "power_exact": Kind(family="exact", settings=("alpha",)),
+    "forward_kl": Kind(family="exact"),
+    "topk_reverse_kl": Kind(family="exact", settings=("top_k",)),
+    "topk_forward_kl": Kind(family="exact", settings=("top_k",)),
 }
+_OF_SAMPLED = ("reward_normalization", "importance_ratio", "head")
+"""Settings that no kind of the exact family uses: it has one head, and weighs no drawn tokens."""
 
 
 @dataclass(kw_only=True)
@@ -51,9 +64,15 @@ class ObjectiveConfig:
     unbounded); clip and tanh: the log-ratio, bounded after the fact; z_score: the log-ratio minus
     its mean over the batch, by its standard deviation; prob_diff and sqrt_diff: power with alpha 1
     and 0.5; box_cox: power divided by alpha; constant_negative: -1 where p_S is low, without a
-    teacher."""
+    teacher. Over the whole vocabulary at each position, not the drawn token alone: reverse_kl, KL(S
+    || T), what log_ratio is on average; power_exact, the same of power; forward_kl, KL(T || S);
+    topk_reverse_kl and topk_forward_kl, these of the top_k tokens and of all others as one."""
     alpha: float = 5.0
-    """Exponent of power and box_cox; larger ignores tokens that both models find unlikely."""
+    """Exponent of power, box_cox and power_exact; larger ignores tokens that both models find
+    unlikely."""
+    top_k: int = 64
+    """Tokens that topk_reverse_kl (the student's most likely ones) and topk_forward_kl (the
+    teacher's) tell apart; those tied with the last of them, too."""
     clip_low: float = -1.0
     """Smallest reward of clip."""
     clip_high: float = 1.0
@@ -111,14 +130,23 @@ def unused_settings(objective: Mapping[str, Any]) -> dict[str, str]:
         for setting in known.settings:
             users.setdefault(setting, []).append(name)
     unused = {
-        setting: f"objective.kind = {kind!r} has none: {' and '.join(names)} "
+        setting: f"objective.kind = {kind!r} has none: {_enumerated(names)} "
         + ("do" if len(names) > 1 else "does")
         for setting, names in users.items()
         if kind not in names
     }
+    if KINDS[kind].family == "exact":
+        why = f"objective.kind = {kind!r} is over the whole vocabulary, not of drawn tokens"
+        unused |= dict.fromkeys((*_OF_SAMPLED, "ratio_low", "ratio_high"), why)
+        return unused
     if kind == "z_score":
         unused["reward_normalization"] = "objective.kind = 'z_score' is normalized in itself"
     if objective.get("importance_ratio", "none") == "none":
         for setting in ("ratio_low", "ratio_high"):
             unused[setting] = "objective.importance_ratio = 'none' has no bounds"
     return unused
+
+
+def _enumerated(names: list[str]) -> str:
+    *others, last = names
+    return f"{', '.join(others)} and {last}" if others else last

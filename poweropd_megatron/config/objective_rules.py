@@ -5,7 +5,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from poweropd_megatron.config.choices import divisors, listed
-from poweropd_megatron.config.objective import DECIDING, ObjectiveConfig, unused_settings
+from poweropd_megatron.config.objective import DECIDING, KINDS, ObjectiveConfig, unused_settings
 from poweropd_megatron.config.schema import TrainConfig
 from poweropd_megatron.errors import ConfigError
 
@@ -22,10 +22,15 @@ def check_objective(objective: ObjectiveConfig) -> None:
     values, defaults = dataclasses.asdict(objective), dataclasses.asdict(ObjectiveConfig())
     refuse_unused({name for name, value in values.items() if value != defaults[name]}, values)
     smallest, largest = FP32_RANGE
-    if objective.kind in ("power", "box_cox") and not smallest <= objective.alpha <= largest:
+    if "alpha" in KINDS[objective.kind].settings and not smallest <= objective.alpha <= largest:
         raise ConfigError(
             f"objective.alpha must be > 0 and finite in fp32, not {objective.alpha}; "
             "for the log-ratio limit set objective.kind = 'log_ratio'"
+        )
+    if KINDS[objective.kind].family == "exact" and objective.terminal not in ("raw", "mask"):
+        raise ConfigError(
+            f"objective.terminal = {objective.terminal!r} scores another token in the EOS's place, "
+            f"but objective.kind = {objective.kind!r} compares all tokens: use 'mask' or 'raw'"
         )
     if objective.kind == "tanh" and not smallest <= objective.tau <= largest:
         raise ConfigError(f"objective.tau must be > 0 and finite in fp32, not {objective.tau}")

@@ -31,6 +31,7 @@ RANGES: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
             "teacher.parallel.context_parallel_size",
             "teacher.micro_batch_size",
             "teacher.max_tokens_per_microbatch",
+            "objective.top_k",
             "rollout.num_samples_per_prompt",
             "rollout.max_new_tokens",
             "rollout.micro_batch_size",

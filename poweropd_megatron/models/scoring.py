@@ -76,7 +76,7 @@ class ComparedTokens:
     """
 
     chosen: ChosenTokens
-    teacher_hidden_NG: Tensor
+    teacher_hidden_NG: Tensor | None
     teacher_weight_VpG: Tensor | None
     objective: VocabularyObjective
     weight_N: Tensor | None = None
@@ -162,7 +162,7 @@ def vocabulary_gradient_of_chosen(
     assert weight_VpG is not None
     hidden_NH, head = _chosen_hidden(hidden_states, output_layer, output_weight, config, chosen)
     teacher_NG = weight_VpG.new_empty(len(hidden_NH), weight_VpG.shape[1])
-    if dist.get_rank(chosen.tp_group) == 0:
+    if context.teacher_hidden_NG is not None:
         teacher_NG.copy_(context.teacher_hidden_NG)
     if dist.get_world_size(chosen.tp_group) > 1:
         dist.broadcast(teacher_NG, group=chosen.tp_group, group_src=0)

@@ -7,11 +7,14 @@ import torch.distributed as dist
 
 from poweropd_megatron.checkpoint.run_state import RunState
 from poweropd_megatron.checkpoint.store import CheckpointStore
+from poweropd_megatron.config.objective import KINDS
 from poweropd_megatron.config.ranks import student_ranks, teacher_ranks
 from poweropd_megatron.config.schema import TrainConfig
 from poweropd_megatron.data.prompts import PromptStream
 from poweropd_megatron.evaluation.evaluator import Evaluator
 from poweropd_megatron.models.build import TORCH_DTYPES
+from poweropd_megatron.models.teacher_head import load_teacher_head
+from poweropd_megatron.objectives.exact import reward_to_show
 from poweropd_megatron.objectives.rewards import build_reward
 from poweropd_megatron.parallel import cpu_device
 from poweropd_megatron.parallel.layout import student_layout, teacher_layout
@@ -34,7 +37,13 @@ def build_run(config: TrainConfig, inputs: RunInputs, device: torch.device) -> R
     layout = student_layout(
         config.student.parallel, device, seed=config.seed, ranks=student_ranks(config, world_size)
     )
-    student = Student(config, inputs.student, layout)
+    teacher_head = None
+    is_exact = KINDS[config.objective.kind].family == "exact"
+    if is_exact:
+        teacher_head = load_teacher_head(
+            inputs.teacher, layout, folder=config.teacher.path, dtype=config.teacher.dtype
+        )
+    student = Student(config, inputs.student, layout, teacher_head=teacher_head)
     frozen_layout = teacher_layout(
         config.teacher.parallel, layout, ranks=teacher_ranks(config, world_size)
     )
@@ -65,7 +74,7 @@ def build_run(config: TrainConfig, inputs: RunInputs, device: torch.device) -> R
         student=student,
         teacher=teacher,
         teacher_eos_id=inputs.teacher_eos_id,
-        reward=build_reward(config.objective),
+        reward=(reward_to_show if is_exact else build_reward)(config.objective),
         evaluator=Evaluator(
             config.eval,
             inputs.eval_prompts,

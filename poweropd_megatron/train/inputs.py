@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from poweropd_megatron.config import rules
+from poweropd_megatron.config.objective import KINDS
 from poweropd_megatron.config.schema import TrainConfig
 from poweropd_megatron.data.answers import AnswerChecker, build_answer_checker
 from poweropd_megatron.data.prompts import Prompt, load_prompts
@@ -56,6 +57,7 @@ def read_inputs(config: TrainConfig, *, world_size: int) -> RunInputs:
     teacher_tokenizer = Tokenizer.from_folder(config.teacher.path, setting="teacher.path")
     check_same_vocabulary(tokenizer, teacher_tokenizer)
     _check_vocabulary_sizes(student, teacher, tokenizer)
+    _check_same_vocabulary_size(config, student, teacher)
     train_prompts = load_prompts(
         config.data.train_files,
         tokenizer,
@@ -87,6 +89,18 @@ def _check_vocabulary_sizes(
             f"{teacher.vocab_size}: it couldn't score every token that the student generates"
         )
     check_tokens(student, tokenizer)
+
+
+def _check_same_vocabulary_size(
+    config: TrainConfig, student: ModelConfig, teacher: ModelConfig
+) -> None:
+    kind = config.objective.kind
+    if KINDS[kind].family == "exact" and student.vocab_size != teacher.vocab_size:
+        raise ConfigError(
+            f"objective.kind = {kind!r} compares the models token by token, but student.path has "
+            f"vocab_size {student.vocab_size} and teacher.path {teacher.vocab_size}: choose models "
+            "with one vocabulary, or a kind that rewards drawn tokens, such as 'power'"
+        )
 
 
 def _check_terminal(config: TrainConfig, student: ModelConfig, teacher_eos_id: int) -> None:

@@ -1,6 +1,10 @@
 """The algorithm: generate, score, update; evaluate and save when it is time."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, cast
+
+from torch import Tensor
 
 from poweropd_megatron.checkpoint.run_state import RunState
 from poweropd_megatron.checkpoint.store import CheckpointStore
@@ -23,6 +27,7 @@ from poweropd_megatron.train.step_metrics import (
 )
 from poweropd_megatron.train.student import Student
 from poweropd_megatron.train.teacher import OwnScores, Teacher
+from poweropd_megatron.train.teacher_hidden import Handed, OwnHidden
 
 TRAIN_STREAM = 0
 """First number of the random streams of training rollouts."""
@@ -53,14 +58,14 @@ def train(run: Run, *, first_step: int) -> None:
         trajectories, scores = _generate_and_score(run, step, clock)
         with clock.phase("teacher"):
             labels = _label(run, trajectories)
-            teacher_logp_BT = run.teacher.shared(scores)
+            teacher = _share_scores(run, trajectories, labels, scores)
         with clock.phase("student"):
             run.recorder.phase("student")
             outcome = run.student.update(
-                trajectories, labels, teacher_logp_BT, run.reward, signs=_signs(run, step)
+                trajectories, labels, teacher, run.reward, signs=_signs(run, step)
             )
 
-        facts = (trajectories, labels, teacher_logp_BT, outcome)
+        facts = (trajectories, labels, outcome.teacher_logp_BT, outcome)
         batchings = {"student": run.student.batching, "teacher": run.teacher.batching}
         lengths_B = trajectories.total_lengths_B.tolist()
         run.recorder.tell_of_oversized(step, batchings, lengths_B)
@@ -104,13 +109,19 @@ def save(run: Run, step: int) -> None:
             run.recorder.warning(f"an old checkpoint can't be deleted: {error}")
 
 
-def _generate_and_score(run: Run, step: int, clock: Clock) -> tuple[Trajectories, list[OwnScores]]:
-    """Return the trajectories of a step, and what this rank's teacher scored of each part of them.
+def _generate_and_score(
+    run: Run, step: int, clock: Clock
+) -> tuple[Trajectories, list[OwnScores] | list[OwnHidden]]:
+    """Return the trajectories of a step, and what this rank's teacher scored of each part of them:
+    or, for an objective over the whole vocabulary, the hidden states that predict them.
 
     Ranks of the teacher alone only wait for a part, and those of the student alone don't score it:
     so each part is scored while the next one is generated.
     """
-    prompts, parts, scores = _next_prompts(run), [], []
+    prompts, parts = _next_prompts(run), []
+    scores: list[Any] = []
+    is_exact = run.student.vocabulary_objective is not None
+    score = run.teacher.hidden_own if is_exact else run.teacher.score_own
     size = len(prompts) // run.config.rollout.num_parts
     for start in range(0, len(prompts), size):
         with clock.phase("rollout"):
@@ -124,9 +135,25 @@ def _generate_and_score(run: Run, step: int, clock: Clock) -> tuple[Trajectories
             )
         with clock.phase("teacher"):
             run.recorder.phase("teacher")
-            scores.append(run.teacher.score_own(part, _label(run, part)))
+            scores.append(score(part, _label(run, part)))
         parts.append(part)
     return Trajectories.joined(parts), scores
+
+
+def _share_scores(
+    run: Run,
+    trajectories: Trajectories,
+    labels: Labels,
+    scores: Sequence[OwnScores] | Sequence[OwnHidden],
+) -> Tensor | Handed:
+    """Return the teacher's log-probs on every rank, or its hidden states where they are needed."""
+    if run.student.vocabulary_objective is None:
+        return run.teacher.shared(cast(Sequence[OwnScores], scores))
+    return run.teacher.hand_over(
+        cast(Sequence[OwnHidden], scores),
+        run.student.layout,
+        run.student.copies_of_tokens(trajectories, labels),
+    )
 
 
 def _label(run: Run, trajectories: Trajectories) -> Labels:

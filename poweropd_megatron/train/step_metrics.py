@@ -41,6 +41,8 @@ def step_metrics(
 ) -> dict[str, float]:
     """Return the metrics of a step, but for its times, under the names of metrics.jsonl.
 
+    With an objective over the whole vocabulary, loss is its own, the rewards are of drawn tokens
+    for comparison, and kl/full_vocabulary is the mean KL(student || teacher) in nats a token.
     reward/terminal_mean, of the EOS that ended responses, is left out where none is in the loss.
     rollout/logp_gap is the largest |log p_S - log p_behaviour|, rollout/logp_difference their mean:
     rounding, unless the sampling distribution isn't the one that is scored (temperature, top-p,
@@ -52,6 +54,11 @@ def step_metrics(
     reward_N = outcome.reward(teacher_logp_N, student_logp_N)
     weight_N = 1.0 if outcome.weight_BT is None else outcome.weight_BT[mask_BT]
     loss = policy_gradient_loss(student_logp_N, weight_N * reward_N)
+    of_vocabulary = {}
+    if outcome.loss_BT is not None and outcome.full_kl_BT is not None:
+        loss = (weight_N * outcome.loss_BT[mask_BT]).sum()
+        kl_N = outcome.full_kl_BT[mask_BT]
+        of_vocabulary = {"kl/full_vocabulary": float(kl_N.mean()) if len(kl_N) else 0.0}
     num_tokens = len(reward_N)
     response_BT = trajectories.response_mask_BT
     is_drawn_BT = drawn(trajectories, labels)
@@ -68,6 +75,7 @@ def step_metrics(
         "learning_rate": outcome.learning_rate,
         "grad_norm_per_reward": outcome.grad_norm / (of_rewards["reward/rms"] or math.inf),
         **of_rewards,
+        **of_vocabulary,
         **({"reward/terminal_mean": float(terminal_N.mean())} if len(terminal_N) else {}),
         "entropy": float(outcome.entropy_BT[mask_BT].mean()) if num_tokens else 0.0,
         "response_length/mean": float(lengths_B.float().mean()),

@@ -3,6 +3,8 @@
 Shapes: B sequences, T tokens, N tokens of the batch in the loss.
 """
 
+from collections.abc import Sequence
+
 import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -12,6 +14,7 @@ from poweropd_megatron.config.schema import TrainConfig
 from poweropd_megatron.models.build import TORCH_DTYPES, build_model
 from poweropd_megatron.models.finite import check_finite
 from poweropd_megatron.models.model_config import ModelConfig
+from poweropd_megatron.objectives.exact import build_vocabulary_objective
 from poweropd_megatron.objectives.gradient_variance import PromptSigns
 from poweropd_megatron.objectives.importance import build_importance_ratio
 from poweropd_megatron.objectives.labels import Labels
@@ -22,15 +25,20 @@ from poweropd_megatron.parallel.world import share_rows, told_by_first_rank
 from poweropd_megatron.rollout.trajectories import Trajectories
 from poweropd_megatron.train.batching import Batching
 from poweropd_megatron.train.ddp import finish_param_gather, start_param_gather, wrap
-from poweropd_megatron.train.forward_step import ForwardStep, MicroBatchResult
+from poweropd_megatron.train.forward_step import MicroBatchResult, build_forward_step
 from poweropd_megatron.train.microbatches import MicroBatch, cut_own, rows_of
 from poweropd_megatron.train.score_tokens import score_tokens
 from poweropd_megatron.train.student_optimizer import build_optimizer, join_building_of_optimizer
-from poweropd_megatron.train.student_outcome import StudentOutcome, join_outcomes
+from poweropd_megatron.train.student_outcome import StudentOutcome, join_outcomes, own_findings
+from poweropd_megatron.train.teacher_hidden import Handed, copies_of_tokens
 
 _ADVICE = (
     "the weights were not changed. Lower optimizer.lr, set optimizer.clip_grad, or try "
     "objective.kind = 'power'"
+)
+_OF_TEACHER = (
+    "the student was not changed. Check the weights in teacher.path for NaN, and whether "
+    "teacher.dtype can hold its activations"
 )
 
 
@@ -40,14 +48,24 @@ class Student:
     On ranks without the student it has no chunks, no optimizer and no schedule.
     """
 
-    def __init__(self, config: TrainConfig, model: ModelConfig, layout: Layout) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        model: ModelConfig,
+        layout: Layout,
+        *,
+        teacher_head: Tensor | None = None,
+    ) -> None:
         """Load the student's shards and build the optimizer over them.
 
+        teacher_head: what load_teacher_head returns, for objectives over the whole vocabulary.
         Raises: InputError if the folder's tensors don't fit.
         """
         self.layout = layout
         self.vocab_size = model.vocab_size
         self._objective = config.objective
+        self.vocabulary_objective = build_vocabulary_objective(config.objective)
+        self._teacher_head = teacher_head
         self.ratio = build_importance_ratio(config.objective)
         self._mini_batch_size = config.mini_batch_size
         self._logits_dtype = TORCH_DTYPES[config.objective.logits_dtype]
@@ -83,7 +101,7 @@ class Student:
         self,
         trajectories: Trajectories,
         labels: Labels,
-        teacher_logp_BT: Tensor,
+        teacher: Tensor | Handed,
         reward: Reward | BatchReward,
         *,
         signs: PromptSigns | None = None,
@@ -91,6 +109,8 @@ class Student:
         """Return the outcome of learning from a batch, in an optimizer step for each mini-batch.
 
         Called by all ranks of the job; those without the student only learn what came of it.
+        teacher: its log-probs of the labels, [B, T]; or, with an objective over the whole
+        vocabulary, its hidden states, and the reward is for the metrics alone.
         log p_S comes out of the forward that is differentiated, so the reward is never stale; only
         the statistics of a BatchReward are of a forward before, of the whole batch. Each rank works
         on its data-parallel share; the gradient is that of the mean over all tokens in the loss of
@@ -103,14 +123,28 @@ class Student:
         mask_BT = labels.mask_BT
         if isinstance(reward, BatchReward):
             logp_BT = self.score(trajectories, labels)
-            reward = reward.fit(teacher_logp_BT[mask_BT], logp_BT[mask_BT])
-        size = self._mini_batch_size or trajectories.num_sequences
+            assert isinstance(teacher, Tensor)
+            reward = reward.fit(teacher[mask_BT], logp_BT[mask_BT])
         steps = []
-        for start in range(0, trajectories.num_sequences, size):
-            rows = slice(start, start + size)
-            part = (trajectories.part(rows), labels.part(rows), teacher_logp_BT[rows])
-            steps.append(self._step(*part, reward, signs=None if start else signs))
+        for rows in self._mini_batches(trajectories):
+            part = (trajectories.part(rows), labels.part(rows), teacher[rows])
+            steps.append(self._step(*part, reward, signs=None if rows.start else signs))
         return join_outcomes(steps)
+
+    def copies_of_tokens(self, trajectories: Trajectories, labels: Labels) -> Tensor:
+        """Return which copy of the student will learn from each token: see copies_of_tokens."""
+        return torch.cat(
+            [
+                copies_of_tokens(trajectories.part(rows), labels.mask_BT[rows], self.batching)
+                for rows in self._mini_batches(trajectories)
+            ]
+        )
+
+    def _mini_batches(self, trajectories: Trajectories) -> list[slice]:
+        """Return which sequences each optimizer step takes."""
+        count = trajectories.num_sequences
+        size = self._mini_batch_size or count
+        return [slice(start, start + size) for start in range(0, count, size)]
 
     def score(self, trajectories: Trajectories, labels: Labels) -> Tensor:
         """Return log p_S of each label in the loss, [B, T] fp32 on the CPU of every rank.
@@ -136,7 +170,7 @@ class Student:
         self,
         trajectories: Trajectories,
         labels: Labels,
-        teacher_logp_BT: Tensor,
+        teacher: Tensor | Handed,
         reward: Reward,
         *,
         signs: PromptSigns | None,
@@ -151,27 +185,22 @@ class Student:
             ratio=self.ratio,
             score=self.score,
         )
-        batch = (trajectories, labels, teacher_logp_BT, reward)
+        batch = (trajectories, labels, teacher, reward)
         signed_norm = 0.0
         if signs is not None:
             signs_BT = signs.signs_B[:, None].expand(labels.mask_BT.shape)
             self._accumulate_gradient(*batch, TokenWeights.scaled(weights, signs_BT))
             signed_norm, _ = self._gradient_norm()
         micro_batches, results = self._accumulate_gradient(*batch, weights)
-        own_2BT = torch.zeros(2, *labels.mask_BT.shape)
-        for micro_batch, result in results:
-            micro_batch.put(own_2BT[0], result.logp_N)
-            micro_batch.put(own_2BT[1], result.entropy_N)
-        logp_BT, entropy_BT = self._shared(own_2BT, rows_of(micro_batches))
-        check_finite("log-probs of the student", logp_BT, _ADVICE)
+        found = self._gather_found(micro_batches, results, labels.mask_BT.shape, teacher)
+        check_finite("log-probs of the student", found["logp_BT"], _ADVICE)
         grad_norm, learning_rate = self._take_step()
         return StudentOutcome(
-            logp_BT=logp_BT,
-            entropy_BT=entropy_BT,
+            **found,
             grad_norm=grad_norm,
             learning_rate=learning_rate,
             reward=reward,
-            weight_BT=None if weights is None else weights(slice(None), logp_BT),
+            weight_BT=None if weights is None else weights(slice(None), found["logp_BT"]),
             variance={} if signs is None else signs.metrics(signed_norm, grad_norm),
         )
 
@@ -179,7 +208,7 @@ class Student:
         self,
         trajectories: Trajectories,
         labels: Labels,
-        teacher_logp_BT: Tensor,
+        teacher: Tensor | Handed,
         reward: Reward,
         weights: TokenWeights | None,
     ) -> tuple[list[MicroBatch], list[MicroBatchResult]]:
@@ -191,14 +220,16 @@ class Student:
             ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
         results: list[MicroBatchResult] = get_forward_backward_func()(
-            forward_step_func=ForwardStep(
+            forward_step_func=build_forward_step(
+                teacher,
+                reward,
+                self.vocabulary_objective,
+                self._teacher_head,
+                head=self._objective.head,
                 layout=self.layout,
                 vocab_size=self.vocab_size,
                 logits_dtype=self._logits_dtype,
-                head=self._objective.head,
                 labels=labels,
-                teacher_logp_BT=teacher_logp_BT,
-                reward=reward,
                 weights=weights,
             ),
             data_iterator=[iter(micro_batches) for _ in self._ddps],
@@ -208,6 +239,26 @@ class Student:
             micro_batch_size=self.batching.micro_batch_size,
         )
         return micro_batches, results
+
+    def _gather_found(
+        self,
+        micro_batches: Sequence[MicroBatch],
+        results: Sequence[MicroBatchResult],
+        shape: torch.Size,
+        teacher: Tensor | Handed,
+    ) -> dict[str, Tensor]:
+        """Return what all ranks found of each token, for StudentOutcome, on every rank.
+
+        Raises: NonFiniteError if that shows NaN in the teacher.
+        """
+        own = own_findings(results, shape, is_compared=not isinstance(teacher, Tensor))
+        shared = self._shared(torch.stack(list(own.values())), rows_of(micro_batches))
+        found = dict(zip(own, shared, strict=True))
+        if isinstance(teacher, Tensor):
+            return found | {"teacher_logp_BT": teacher}
+        logp_BT = found["teacher_logp_BT"]
+        check_finite("log-probs of the teacher", logp_BT, _OF_TEACHER, may_be_impossible=True)
+        return found
 
     def _take_step(self) -> tuple[float, float]:
         """Return the gradient's norm and the learning rate, after the step of the optimizer."""

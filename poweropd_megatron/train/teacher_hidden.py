@@ -53,7 +53,7 @@ class Handed:
     hidden_NG: Tensor
     width: int
 
-    def part(self, rows: slice) -> "Handed":
+    def __getitem__(self, rows: slice) -> "Handed":
         """Return the states of some of the sequences, whose batch is as wide as all."""
         first, end = (
             int(torch.searchsorted(self.place_N, row * self.width))

@@ -38,4 +38,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
                 **(changes | experts),
             )
             folders[folder.name] = str(folder)
+    same_tokens = {**TEACHER, "vocab_size": STUDENT["vocab_size"]}
+    qwen3_folder.write(root / "teacher-same-tokens", seed=4, **same_tokens)
+    folders["teacher-same-tokens"] = str(root / "teacher-same-tokens")
     return folders

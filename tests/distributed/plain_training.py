@@ -7,11 +7,23 @@ from pathlib import Path
 
 import torch
 from support.plain_qwen3 import PlainQwen3
+from support.vocabulary_cases import LOSSES
 from torch import Tensor
-from training import NUM_UPDATES, OPTIMIZER, Measured, fixed_labels, fixed_trajectories
+from training import (
+    NUM_UPDATES,
+    OPTIMIZER,
+    Measured,
+    fixed_labels,
+    fixed_trajectories,
+    masked_labels,
+)
+
+from poweropd_megatron.config.objective import ObjectiveKind
 
 
-def update_in_plain_torch(student_folder: str, teacher_folder: str) -> Measured:
+def update_in_plain_torch(
+    student_folder: str, teacher_folder: str, kind: ObjectiveKind = "power"
+) -> Measured:
     """Return what the updates come to without Megatron or this package's models, in fp64."""
     student = PlainQwen3.from_folder(Path(student_folder))
     teacher = PlainQwen3.from_folder(Path(teacher_folder))
@@ -26,15 +38,18 @@ def update_in_plain_torch(student_folder: str, teacher_folder: str) -> Measured:
         eps=OPTIMIZER.adam_eps,
     )
     trajectories = fixed_trajectories()
-    labels = fixed_labels(trajectories)
+    is_exact = kind in LOSSES
+    labels = masked_labels(trajectories) if is_exact else fixed_labels(trajectories)
     ids_BT, mask_BT = trajectories.token_ids_BT, labels.mask_BT
     with torch.no_grad():
-        teacher_logp_BT, _ = _score(teacher, ids_BT, labels.teacher_BT, mask_BT)
+        teacher_logp_BT, _, teacher_logp_BTV = _score(teacher, ids_BT, labels.teacher_BT, mask_BT)
     logps, entropies, losses, norms, gradients = [], [], [], [], {}
     for update in range(NUM_UPDATES):
-        logp_BT, entropy_BT = _score(student, ids_BT, labels.student_BT, mask_BT)
+        logp_BT, entropy_BT, logp_BTV = _score(student, ids_BT, labels.student_BT, mask_BT)
         reward_BT = teacher_logp_BT.exp() - logp_BT.detach().exp()
         loss = -(reward_BT * logp_BT)[mask_BT].mean()
+        if is_exact:
+            loss = LOSSES[kind](logp_BTV[mask_BT], teacher_logp_BTV[mask_BT]).mean()
         optimizer.zero_grad()
         loss.backward()
         gradients = gradients or {name: [weight.grad.clone()] for name, weight in weights.items()}
@@ -60,10 +75,11 @@ def update_in_plain_torch(student_folder: str, teacher_folder: str) -> Measured:
 
 def _score(
     model: PlainQwen3, ids_BT: Tensor, labels_BT: Tensor, mask_BT: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return log-probs and entropies of the tokens in the loss, 0 elsewhere."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return log-probs and entropies of the tokens in the loss, 0 elsewhere; and of all tokens."""
     logp_BTV = torch.nan_to_num(model.logprobs(ids_BT))
     last = logp_BTV.shape[2] - 1
     logp_BT = logp_BTV.gather(2, labels_BT.clamp(max=last)[:, :, None])[:, :, 0]
     entropy_BT = -(logp_BTV.exp() * logp_BTV).sum(dim=2)
-    return torch.where(mask_BT, logp_BT, 0.0), torch.where(mask_BT, entropy_BT, 0.0)
+    masked = (torch.where(mask_BT, values, 0.0) for values in (logp_BT, entropy_BT))
+    return *masked, logp_BTV

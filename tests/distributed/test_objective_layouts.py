@@ -17,7 +17,7 @@ from training import OPTIMIZER, Row, build_models, fixed_trajectories
 
 from poweropd_megatron.config.schema import ObjectiveConfig
 from poweropd_megatron.objectives.rewards import build_reward
-from poweropd_megatron.ops import fused_policy_gradient
+from poweropd_megatron.ops import lm_head_tiles
 
 TOLERANCE = 1e-5
 MINI_BATCH = 3
@@ -67,7 +67,7 @@ class Learned:
 
 def update_with_each(layout: Row, *folders: str) -> dict[str, Learned]:
     """Return what this rank saw of updates with each objective, each from the same start."""
-    fused_policy_gradient.CHUNK_BYTES = {"cpu": 3 * 4 * 37}
+    lm_head_tiles.CHUNK_BYTES = {"cpu": 3 * 4 * 37}
     learned = {}
     for name, objective in OBJECTIVES.items():
         one_by_one = name == "micro-batches"

@@ -14,6 +14,7 @@ from gathering import gather_shares, whole_tensors
 from support.made_trajectories import make
 from torch import Tensor
 
+from poweropd_megatron.config.objective import KINDS
 from poweropd_megatron.config.ranks import student_ranks, teacher_ranks
 from poweropd_megatron.config.schema import (
     DataConfig,
@@ -27,6 +28,7 @@ from poweropd_megatron.config.schema import (
 )
 from poweropd_megatron.models.families import read_model_config
 from poweropd_megatron.models.model_config import ModelConfig
+from poweropd_megatron.models.teacher_head import load_teacher_head
 from poweropd_megatron.objectives.labels import Labels, label
 from poweropd_megatron.objectives.sampled.power import power_reward
 from poweropd_megatron.parallel import cpu_device
@@ -37,6 +39,7 @@ from poweropd_megatron.rollout.trajectories import Trajectories
 from poweropd_megatron.train.student import Student
 from poweropd_megatron.train.student_outcome import StudentOutcome
 from poweropd_megatron.train.teacher import Teacher
+from poweropd_megatron.train.teacher_hidden import Handed
 
 NUM_UPDATES = 3
 ALPHA = 1.0
@@ -115,6 +118,11 @@ def fixed_labels(trajectories: Trajectories) -> Labels:
     return label(trajectories, "cross_eos", teacher_eos_id=TEACHER_EOS)
 
 
+def masked_labels(trajectories: Trajectories) -> Labels:
+    """Return labels without the final EOS: one of those that can be compared with all tokens."""
+    return label(trajectories, "mask", teacher_eos_id=TEACHER_EOS)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Models:
     """A student and a teacher in their layouts, and the batch of the updates."""
@@ -125,10 +133,18 @@ class Models:
     trajectories: Trajectories
     labels: Labels
 
-    def update(self, teacher_logp_BT: Tensor) -> StudentOutcome:
-        """Return the outcome of one update with the power reward."""
+    def ask_teacher(self) -> Tensor | Handed:
+        """Return the teacher's log-probs, or what an objective over the vocabulary needs of it."""
+        if self.student.vocabulary_objective is None:
+            return self.teacher.score(self.trajectories, self.labels)
+        own = self.teacher.hidden_own(self.trajectories, self.labels)
+        copy_BT = self.student.copies_of_tokens(self.trajectories, self.labels)
+        return self.teacher.hand_over([own], self.student.layout, copy_BT)
+
+    def update(self, teacher: Tensor | Handed) -> StudentOutcome:
+        """Return the outcome of one update, with the power reward of drawn tokens."""
         return self.student.update(
-            self.trajectories, self.labels, teacher_logp_BT, partial(power_reward, alpha=ALPHA)
+            self.trajectories, self.labels, teacher, partial(power_reward, alpha=ALPHA)
         )
 
     def gather(self, value_of: Callable[[Any], Tensor]) -> dict[str, list[Tensor]]:
@@ -181,12 +197,16 @@ def build_models(
     student_model = read_model_config(student_folder, setting="student.path")
     teacher_model = read_model_config(teacher_folder, setting="teacher.path")
     trajectories = trajectories or fixed_trajectories()
+    is_exact = KINDS[row.objective.kind].family == "exact"
+    teacher_head = None
+    if is_exact:
+        teacher_head = load_teacher_head(teacher_model, layout, folder=teacher_folder, dtype=dtype)
     return Models(
-        student=Student(config, student_model, layout),
+        student=Student(config, student_model, layout, teacher_head=teacher_head),
         student_model=student_model,
         teacher=Teacher(config.teacher, teacher_model, of_teacher, logits_dtype="fp32"),
         trajectories=trajectories,
-        labels=fixed_labels(trajectories),
+        labels=masked_labels(trajectories) if is_exact else fixed_labels(trajectories),
     )
 
 
@@ -219,8 +239,9 @@ def update_on_ranks(
             finalize_and_record, schedule.finalize_model_grads_func
         )
     _roll_out(student)
-    teacher_logp_BT = models.teacher.score(models.trajectories, models.labels)
-    outcomes = [models.update(teacher_logp_BT) for _ in range(NUM_UPDATES)]
+    teacher = models.ask_teacher()
+    outcomes = [models.update(teacher) for _ in range(NUM_UPDATES)]
+    teacher_logp_BT = outcomes[0].teacher_logp_BT
     student.finish_param_gather()
     weights = models.gather(lambda weight: weight)
     first = gradients[0] if student.layout.holds_model else {"padding": []}
@@ -229,7 +250,9 @@ def update_on_ranks(
         teacher_logp_BT=teacher_logp_BT,
         logp_UBT=logp_UBT,
         entropy_UBT=torch.stack([outcome.entropy_BT for outcome in outcomes]),
-        loss_U=_loss(logp_UBT, teacher_logp_BT, models.labels),
+        loss_U=_loss(logp_UBT, teacher_logp_BT, models.labels)
+        if outcomes[0].loss_BT is None
+        else torch.stack([outcome.loss_BT[models.labels.mask_BT].mean() for outcome in outcomes]),
         grad_norm_U=torch.tensor([outcome.grad_norm for outcome in outcomes]),
         padding=first.pop("padding") + weights.pop("padding"),
         gradients=first,

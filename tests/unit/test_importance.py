@@ -133,6 +133,7 @@ def test_the_metrics_of_a_step_have_ratios_when_they_are_on_and_the_loss_is_weig
     rows.behaviour_logp_BT.copy_(torch.tensor([[0.0, -1.5, -2.0], [0.0, -3.0, -1.0]]))
     outcome = StudentOutcome(
         logp_BT=logp_BT,
+        teacher_logp_BT=logp_BT,
         entropy_BT=torch.zeros_like(logp_BT),
         grad_norm=1.0,
         learning_rate=1.0,

@@ -19,7 +19,7 @@ from poweropd_megatron.config.schema import ObjectiveConfig, OptimizerConfig
 from poweropd_megatron.models.families import read_model_config
 from poweropd_megatron.objectives.labels import Labels, label
 from poweropd_megatron.objectives.rewards import build_reward
-from poweropd_megatron.ops import fused_policy_gradient
+from poweropd_megatron.ops import lm_head_tiles
 from poweropd_megatron.parallel.layout import Layout
 from poweropd_megatron.rollout.trajectories import Trajectories
 from poweropd_megatron.train.student import Student
@@ -149,7 +149,7 @@ def test_each_mini_batch_has_a_step_with_ratios_against_what_drew_it(
 ) -> None:
     """The fused head takes three tokens at a time."""
     bytes_of_three = {"cpu": 3 * 4 * qwen3_folder.SMALL["vocab_size"]}
-    monkeypatch.setattr(fused_policy_gradient, "CHUNK_BYTES", bytes_of_three)
+    monkeypatch.setattr(lm_head_tiles, "CHUNK_BYTES", bytes_of_three)
     objective = replace(OBJECTIVES[level], head=head)
     labels = label(trajectories, objective.terminal, teacher_eos_id=EOS)
     batch = (objective, trajectories, labels, teacher_BT)

@@ -55,7 +55,7 @@ def test_the_table_of_kinds_has_every_kind_and_only_settings_that_exist() -> Non
         (
             'kind = "log_ratio"\nalpha = 2.0',
             "objective.alpha = 2.0 would have no effect: objective.kind = 'log_ratio' has none: "
-            "power and box_cox do. Leave it out",
+            "power, box_cox and power_exact do. Leave it out",
         ),
         ('kind = "log_ratio"\nalpha = 5.0', "objective.alpha = 5.0 would have no effect"),
         ('kind = "power"\ntau = 1.0', "objective.tau = 1.0 would have no effect"),

@@ -21,6 +21,7 @@ def test_the_log_prob_gap_is_of_the_tokens_that_were_drawn(terminal):
     logp_BT[0, 3] = -20.0 if terminal == "im_end" else -0.125
     outcome = StudentOutcome(
         logp_BT=logp_BT,
+        teacher_logp_BT=logp_BT,
         entropy_BT=torch.zeros_like(logp_BT),
         grad_norm=1.0,
         learning_rate=1.0,
@@ -48,6 +49,7 @@ def test_the_reward_of_endings_is_of_those_in_the_loss_and_the_norm_is_by_the_re
     teacher_BT, student_BT = -torch.rand(2, *labels.mask_BT.shape, generator=generator)
     outcome = StudentOutcome(
         logp_BT=student_BT,
+        teacher_logp_BT=student_BT,
         entropy_BT=student_BT,
         grad_norm=3.0,
         learning_rate=1.0,
@@ -70,6 +72,7 @@ def test_without_rewards_the_norm_by_their_scale_is_0():
     logp_BT = torch.zeros(labels.mask_BT.shape)
     outcome = StudentOutcome(
         logp_BT=logp_BT,
+        teacher_logp_BT=logp_BT,
         entropy_BT=logp_BT,
         grad_norm=0.0,
         learning_rate=1.0,

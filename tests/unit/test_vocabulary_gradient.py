@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from support.vocabulary_cases import LOSSES, OBJECTIVES
 from torch import Tensor
 
-from poweropd_megatron.objectives.rewards import Reward, log_ratio_reward, power_reward
+from poweropd_megatron.objectives.rewards import Reward
+from poweropd_megatron.objectives.sampled.log_ratio import log_ratio_reward
+from poweropd_megatron.objectives.sampled.power import power_reward
 from poweropd_megatron.ops.fused_policy_gradient import fused_policy_gradient
 from poweropd_megatron.ops.fused_vocabulary_gradient import (
     VocabularyGradient,
