@@ -149,7 +149,7 @@ def _of_olympiadbench(row: Row) -> str | None:
         raise ValueError('"final_answer" must be a list of texts')
     if len(answers) > 1 and row.get("is_multiple_answer") is False:
         raise ValueError('"final_answer" has several answers, but "is_multiple_answer" is false')
-    plain = [answer.strip().strip("$").strip() for answer in answers]
+    plain = [re.sub(r"(?<!\\)\$", "", answer).strip() for answer in answers]
     if not all(plain):
         return None
     return plain[0] if len(plain) == 1 else ", ".join(plain)

@@ -76,6 +76,23 @@ def test_ids_and_tolerances_and_contexts_come_along(tmp_path: Path, tokenizer: T
     assert load(tmp_path, tokenizer, GSM8K)[0].id is None
 
 
+@pytest.mark.parametrize(
+    ("final_answer", "expected"),
+    [
+        (["$2$, $3$"], "2, 3"),
+        (["$\\frac{1}{2n+2}$"], "\\frac{1}{2n+2}"),
+        ("$(1, 2)$", "(1, 2)"),
+        (["\\$30"], "\\$30"),
+        (["1", " $2$ ", "3"], "1, 2, 3"),
+    ],
+)
+def test_final_answers_lose_their_dollars_and_become_one(
+    tmp_path: Path, tokenizer: Tokenizer, final_answer: Any, expected: str
+) -> None:
+    (prompt,) = load(tmp_path, tokenizer, OLYMPIADBENCH | {"final_answer": final_answer})
+    assert prompt.answer == expected
+
+
 def test_the_suffix_is_added_to_questions_too(tmp_path: Path, tokenizer: Tokenizer) -> None:
     (prompt,) = load(tmp_path, tokenizer, AMC, prompt_suffix=" Think.")
     assert prompt.text == "What is $100 + 42$? Think."

@@ -9,6 +9,7 @@ import pytest
 from poweropd_megatron.config.evaluation import check_evaluation
 from poweropd_megatron.config.load import parse_evaluation_config, parse_train_config, read_toml
 from poweropd_megatron.config.settings import EVALUATION, SETTINGS
+from poweropd_megatron.data.benchmarks import FORMATS
 from poweropd_megatron.errors import ConfigError
 
 GIVEN = ["--output_dir=out", "--student.path=model", '--data.eval_files=["a.jsonl"]']
@@ -94,6 +95,23 @@ def test_a_layout_that_does_not_fit_the_ranks_is_refused() -> None:
     config.student.parallel.expert_model_parallel_size = 3
     with pytest.raises(ConfigError, match="expert_model_parallel_size = 3"):
         check_evaluation(config, world_size=4)
+
+
+def test_the_paper_s_benchmarks_are_evaluated_as_its_training_does() -> None:
+    recipes = Path(__file__).parents[2] / "launch" / "recipes"
+    training = parse_train_config(["--config", str(recipes / "qwen3_1p7b_from_4b.toml")])
+    config = parse_evaluation_config(["--config", str(recipes / "qwen3_1p7b_eval.toml")])
+    check_evaluation(config, world_size=8)
+    stems = {Path(file).stem for file in config.data.eval_files}
+    assert config.data.eval_formats.keys() == stems
+    assert set(config.data.eval_formats.values()) == FORMATS.keys()
+    settings, of_training = asdict(config.data), asdict(training.data)
+    assert settings == {name: of_training[name] for name in settings}
+    answering, of_run = asdict(config.eval), asdict(training.eval)
+    del answering["pass_at"]
+    assert answering == {name: of_run[name] for name in answering}
+    bundled = parse_evaluation_config(["--config", str(recipes / "chain_sum_eval.toml")])
+    check_evaluation(bundled, world_size=2)
 
 
 def test_training_refuses_k_beyond_its_samples_too() -> None:
