@@ -2,13 +2,14 @@
 
 import csv
 import io
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from poweropd_megatron.comparison.results import MethodResult
-from poweropd_megatron.comparison.statistics import Spread
-from poweropd_megatron.telemetry.text import MISSING, format_number
+from poweropd_megatron.comparison.statistics import LAST_STEPS, Spread
+from poweropd_megatron.telemetry.text import MISSING
 
 NEVER = "never"
 
@@ -21,7 +22,7 @@ class Column:
     statistic: str
     scale: float = 1.0
     decimals: int | None = None
-    """Of the mean and its standard error; None shows four significant digits."""
+    """Of the mean and its standard error; None shows three digits of the mean."""
     over_seeds: Literal["mean", "min", "max"] = "mean"
     """mean is shown with its standard error; the extremes are of all seeds."""
     may_be_missing: bool = False
@@ -71,13 +72,20 @@ def tables(
             + [Column(title="step of the best", statistic="best_step", decimals=0)],
         ),
         _table(
-            "Stability",
+            "Gradients and rewards",
             "Gradient norms are before clipping, over the steps of a run; by reward: divided by "
             "the root mean square of the step's rewards. Rewards are of single tokens, over all "
-            "steps; extremes are over all seeds. Lowest accuracy: of the evaluations after the "
-            "start. KL: from the student's own tokens (k1), last steps.",
+            "steps; the largest norm, and the lowest and highest reward, are of all seeds.",
             methods,
-            STABILITY,
+            GRADIENTS,
+        ),
+        _table(
+            "Signs of a collapse",
+            "Lowest accuracy: of the evaluations after the start. KL: from the student's own "
+            f"tokens (k1), last {LAST_STEPS} steps. EOS and length: of the rollouts, the lowest "
+            "and the longest mean of a step. These extremes are of all seeds.",
+            methods,
+            COLLAPSE,
         ),
         _table(
             "Cost",
@@ -103,15 +111,17 @@ def _accuracy_columns(num_samples: int) -> list[Column]:
     ]
 
 
-STABILITY = [
-    Column(title="grad norm, median", statistic="grad_norm_median"),
+GRADIENTS = [
+    Column(title="norm, median", statistic="grad_norm_median"),
     Column(title="p95", statistic="grad_norm_p95"),
     Column(title="largest", statistic="grad_norm_max", over_seeds="max"),
     Column(title="median by reward", statistic="grad_norm_per_reward_median"),
-    Column(title="reward, lowest", statistic="reward_min", over_seeds="min"),
-    Column(title="highest", statistic="reward_max", over_seeds="max"),
+    Column(title="lowest reward", statistic="reward_min", over_seeds="min"),
+    Column(title="highest reward", statistic="reward_max", over_seeds="max"),
+]
+COLLAPSE = [
     Column(
-        title="lowest accuracy, %",
+        title="lowest accuracy",
         statistic="accuracy_lowest",
         scale=100,
         decimals=1,
@@ -119,14 +129,14 @@ STABILITY = [
     ),
     Column(title="KL to the teacher", statistic="kl_last", decimals=3),
     Column(
-        title="EOS, lowest, %",
+        title="lowest EOS rate",
         statistic="eos_rate_lowest",
         scale=100,
         decimals=1,
         over_seeds="min",
     ),
-    Column(title="length, final", statistic="response_length_final", decimals=1),
-    Column(title="longest mean", statistic="response_length_max", decimals=1, over_seeds="max"),
+    Column(title="final length", statistic="response_length_final", decimals=1),
+    Column(title="longest", statistic="response_length_max", decimals=1, over_seeds="max"),
 ]
 COST = [
     Column(title="seconds a step", statistic="seconds_per_step", decimals=2),
@@ -195,18 +205,26 @@ def _cell(spread: Spread, column: Column) -> str:
         return NEVER if column.may_be_missing and spread.num_runs else MISSING
     if column.over_seeds != "mean":
         extreme = min(spread.values) if column.over_seeds == "min" else max(spread.values)
-        return _number(extreme, column)
-    text = _number(spread.mean, column)
+        return _number(extreme, column, _decimals(extreme, column))
+    decimals = _decimals(spread.mean, column)
+    text = _number(spread.mean, column, decimals)
     if spread.standard_error is not None:
-        text += f" \N{PLUS-MINUS SIGN} {_number(spread.standard_error, column)}"
+        text += f" \N{PLUS-MINUS SIGN} {_number(spread.standard_error, column, decimals)}"
     if column.may_be_missing and len(spread.values) < spread.num_runs:
         text += f" ({len(spread.values)} of {spread.num_runs})"
     return text
 
 
-def _number(value: float, column: Column) -> str:
-    scaled = value * column.scale
-    return format_number(scaled) if column.decimals is None else f"{scaled:,.{column.decimals}f}"
+def _number(value: float, column: Column, decimals: int) -> str:
+    return f"{value * column.scale:,.{decimals}f}"
+
+
+def _decimals(value: float, column: Column) -> int:
+    """Return how many decimals show a mean to three digits, where the column doesn't say."""
+    if column.decimals is not None:
+        return column.decimals
+    scaled = abs(value * column.scale)
+    return max(0, 2 - math.floor(math.log10(scaled))) if scaled else 2
 
 
 def _line(cells: Sequence[str]) -> str:

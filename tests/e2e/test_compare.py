@@ -66,7 +66,7 @@ def test_the_quick_comparison_trains_every_method_and_tells_of_it(tmp_path, caps
             == told["methods"]["power_1"]["runs"][0]["statistics"]["accuracy_start"]
         )
     markdown = (tmp_path / "table.md").read_text()
-    assert all(markdown.count(f"| {name} | ") == 4 for name in recipe.methods)
+    assert all(markdown.count(f"| {name} | ") == 5 for name in recipe.methods)
     assert (tmp_path / "comparison.html").read_text().count("<svg") == 9
 
     capsys.readouterr()
