@@ -34,6 +34,7 @@ class Evaluator:
         tokenizer: Tokenizer,
         checker: AnswerChecker,
         num_logged_samples: int,
+        is_first_rank: bool,
     ) -> None:
         self._series = series_of(config, prompts_by_source)
         self._pass_at = config.pass_at
@@ -41,15 +42,18 @@ class Evaluator:
         self._tokenizer = tokenizer
         self._checker = checker
         self._num_logged_samples = num_logged_samples
+        self._is_first_rank = is_first_rank
 
     def evaluate(self, *, weight_version: int) -> Evaluation:
-        """Return the evaluation of the current weights. Called by all ranks.
+        """Return the evaluation of the current weights. Called by all ranks; empty but on rank 0.
 
         With several files each metric is the mean over the files (as the papers average
         benchmarks), and each file's own stands under eval/<stem>/. eval/answer_failures counts
         the answers, of all files, that are taken for wrong because they couldn't be checked.
         """
         answered = [(series, self._answer(series, weight_version)) for series in self._series]
+        if not self._is_first_rank:
+            return Evaluation(metrics={}, samples=[])
         by_source: dict[str, dict[str, float]] = {}
         samples: list[dict[str, Any]] = []
         for source, group in groupby(answered, key=lambda pair: pair[0].source):
@@ -69,6 +73,8 @@ class Evaluator:
         trajectories = generate(
             self._engine, series, 0, series.num_responses, weight_version=weight_version
         )
+        if not self._is_first_rank:
+            return []
         return checked(trajectories, series, 0, tokenizer=self._tokenizer, checker=self._checker)
 
     def _first_rows(self, series: Series, answers: Sequence[Answer]) -> list[dict[str, Any]]:

@@ -82,6 +82,7 @@ def build_run(config: TrainConfig, inputs: RunInputs, device: torch.device) -> R
             tokenizer=inputs.tokenizer,
             checker=inputs.answer_checker,
             num_logged_samples=config.telemetry.num_logged_samples,
+            is_first_rank=dist.get_rank() == 0,
         ),
         state=RunState(student, inputs.student, prompts, checkpoints),
         checkpoints=checkpoints,

@@ -66,6 +66,13 @@ class ForgetfulChecker(ExactChecker):
         return super().check(response, answer, tolerance)
 
 
+class UnusableChecker(ExactChecker):
+    """Is not to be asked."""
+
+    def check(self, response: str, answer: str, tolerance: float | None = None) -> Verdict:
+        raise AssertionError(response, answer, tolerance)
+
+
 def prompt(text: str, source: str, tokenizer: Tokenizer) -> Prompt:
     answer = str(sum(map(int, text.rstrip("=").split("+"))))
     return Prompt(text=text, token_ids=tuple(tokenizer.encode(text)), answer=answer, source=source)
@@ -78,6 +85,7 @@ def evaluate(
     *,
     num_logged_samples: int = 0,
     checker: ExactChecker | None = None,
+    is_first_rank: bool = True,
     **settings: Any,
 ) -> tuple[Evaluation, ScriptedEngine]:
     engine = ScriptedEngine(tokenizer, scripts)
@@ -91,6 +99,7 @@ def evaluate(
         tokenizer=tokenizer,
         checker=checker or ExactChecker("#"),
         num_logged_samples=num_logged_samples,
+        is_first_rank=is_first_rank,
     )
     return evaluator.evaluate(weight_version=12), engine
 
@@ -205,6 +214,35 @@ def test_each_prompt_is_asked_k_times_with_the_settings_and_the_files_own_stream
         ([third], greedy, (1, 1), 12),
         ([third] * 3, sampled, (1, 1), 12),
     ]
+
+
+def test_other_ranks_than_the_first_generate_and_check_nothing(tokenizer: Tokenizer) -> None:
+    sources = {"a": ["3+4=", "5+2="]}
+    evaluation, engine = evaluate(
+        tokenizer,
+        [[RIGHT] * 2, [RIGHT] * 4],
+        sources,
+        checker=UnusableChecker("#"),
+        is_first_rank=False,
+        num_samples=2,
+        num_logged_samples=2,
+    )
+    assert len(engine.calls) == 2
+    assert evaluation == Evaluation(metrics={}, samples=[])
+
+
+def test_pass_at_smaller_k_is_estimated_from_all_samples(tokenizer: Tokenizer) -> None:
+    """Of four samples 1 and 0 are right, so 3 of the 6 pairs of one prompt, none of the other."""
+    sampled = [WRONG, RIGHT, CUT, WRONG] + [WRONG] * 4
+    sources = {"a": ["3+4=", "5+2="]}
+    evaluation, _ = evaluate(
+        tokenizer, [sampled], sources, num_samples=4, pass_at=[2, 1], greedy=False
+    )
+    metrics = evaluation.metrics
+    assert metrics["eval/pass@1"] == metrics["eval/avg@4"] == pytest.approx(1 / 8)
+    assert metrics["eval/pass@2"] == pytest.approx(1 / 4)
+    assert metrics["eval/pass@2_se"] == pytest.approx(1 / 4)
+    assert metrics["eval/pass@4"] == pytest.approx(1 / 2)
 
 
 def test_the_first_answer_to_each_of_the_first_prompts_is_logged(tokenizer: Tokenizer) -> None:
