@@ -45,8 +45,8 @@ def _evaluate(config: EvaluationConfig, inputs: EvaluationInputs, device: torch.
                 _answer_rest(config, inputs, keeper, progress, done, device)
             finally:
                 keeper.stop_checker()
-        if speaks:
-            progress.say(keeper.finish())
+    if speaks:
+        progress.say(keeper.finish())
 
 
 def _answer_rest(
