@@ -2,9 +2,9 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from math import prod
 
 import torch
-from torch import Tensor
 
 from poweropd_megatron.checkpoint import store
 from poweropd_megatron.conversion.arrays import Buffer
@@ -81,16 +81,19 @@ def explain(
     for name in list(differing)[:NUM_NAMED]:
         how = differing[name]
         if how == manifest.OTHER_VALUES and other is not None:
-            how += f": {_distance(one[name].read(), other[name].read())}"
+            how += f": {_distance(one[name], other[name])}"
         lines.append(f"{name}: {how}")
     if len(differing) > NUM_NAMED:
         lines.append(f"and {len(differing) - NUM_NAMED} more tensors")
     return lines
 
 
-def _distance(one: Tensor, other: Tensor) -> str:
+def _distance(one: NamedTensor, other: NamedTensor) -> str:
     """Return how many elements of tensors of one type and shape differ, and by how much at most."""
-    bits = [x.contiguous().view(-1, 1).view(torch.uint8) for x in (one, other)]
-    count = int((bits[0] != bits[1]).any(dim=1).sum())
-    largest = float((one.double() - other.double()).abs().max())
-    return f"{count} of {one.numel()} elements, by at most {largest:.3g}"
+    count, largest = 0, 0.0
+    for pieces in zip(one.pieces(), other.pieces(), strict=True):
+        bits = [torch.from_numpy(piece).view(-1, one.dtype.itemsize) for piece in pieces]
+        count += int((bits[0] != bits[1]).any(dim=1).sum())
+        values = [x.view(one.dtype).double() for x in bits]
+        largest = max(largest, float((values[0] - values[1]).abs().max()))
+    return f"{count} of {prod(one.shape)} elements, by at most {largest:.3g}"

@@ -4,58 +4,27 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support import converted_folder, qwen3_folder
-from support.qwen3_folder import MOE
+from support.model_folders import INDEX, KINDS, add, change_json, change_tensor, said, write_all
 
 from poweropd_megatron.cli.main import main
 from poweropd_megatron.inspection.findings import Findings
 from poweropd_megatron.inspection.folder import examine
 
-KINDS: dict[str, dict[str, Any]] = {
-    "untied": {},
-    "tied": {"tie_word_embeddings": True},
-    "experts": MOE,
-}
-INDEX = "model.safetensors.index.json"
-
 
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Return folders without faults, in both formats; not to be changed."""
-    root = tmp_path_factory.mktemp("sound")
-    for kind, changes in KINDS.items():
-        qwen3_folder.write(root / kind, **changes)
-        converted_folder.write(root / kind, root / f"{kind}-converted")
-    qwen3_folder.write(root / "files", num_files=3)
-    return {folder.name: folder for folder in root.iterdir()}
+    return write_all(tmp_path_factory.mktemp("sound"))
 
 
 @pytest.fixture
 def copy(sound: dict[str, Path], tmp_path: Path) -> Callable[[str], Path]:
     """Return a function that copies one of them, to be damaged."""
     return lambda name: Path(shutil.copytree(sound[name], tmp_path / name))
-
-
-def change_tensor(folder: Path, name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
-    file = folder / "model.safetensors"
-    tensors = load_file(file)
-    save_file(tensors | {name: change(tensors[name])}, file)
-
-
-def change_json(file: Path, **changes: Any) -> None:
-    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
-
-
-def said(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str]:
-    """Return the exit code of `poweropd`, and all that it said."""
-    code = main(list(map(str, arguments)))
-    output = capsys.readouterr()
-    return code, output.out + output.err
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -120,105 +89,6 @@ def test_another_type_is_a_difference(
     assert "and 20 more tensors" in output
 
 
-def drop(folder: Path, name: str) -> None:
-    file = folder / "model.safetensors"
-    save_file({k: v for k, v in load_file(file).items() if k != name}, file)
-
-
-def add(folder: Path, **tensors: torch.Tensor) -> None:
-    file = folder / "model.safetensors"
-    save_file(load_file(file) | tensors, file)
-
-
-def misplace(folder: Path) -> None:
-    index = json.loads((folder / INDEX).read_text())
-    places = index["weight_map"]
-    places["lm_head.weight"] = next(f for f in places.values() if f != places["lm_head.weight"])
-    (folder / INDEX).write_text(json.dumps(index))
-
-
-DAMAGES: dict[str, tuple[str, Callable[[Path], object], str]] = {
-    "missing tensor": (
-        "untied",
-        lambda folder: drop(folder, "model.norm.weight"),
-        "1 tensors are missing: model.norm.weight",
-    ),
-    "missing head": ("untied", lambda folder: drop(folder, "lm_head.weight"), "missing: lm_head"),
-    "unexpected tensor": (
-        "untied",
-        lambda folder: add(folder, bias=torch.zeros(3)),
-        "1 tensors are unexpected: bias",
-    ),
-    "layers beyond": (
-        "untied",
-        lambda folder: change_json(folder / "config.json", num_hidden_layers=1),
-        "11 tensors are unexpected: model.layers.1.",
-    ),
-    "other shape": (
-        "untied",
-        lambda folder: change_tensor(folder, "lm_head.weight", lambda tensor: tensor[1:]),
-        "lm_head.weight has the shape (52, 48), but the model's is (53, 48)",
-    ),
-    "other type": (
-        "untied",
-        lambda folder: change_json(folder / "config.json", torch_dtype="bfloat16"),
-        "config.json states bfloat16, the tensors are float32",
-    ),
-    "truncated": (
-        "untied",
-        lambda folder: (folder / "model.safetensors").write_bytes(
-            (folder / "model.safetensors").read_bytes()[:-1]
-        ),
-        "model.safetensors can't be read",
-    ),
-    "no weights": (
-        "untied",
-        lambda folder: (folder / "model.safetensors").unlink(),
-        "no *.safetensors file",
-    ),
-    "no config": (
-        "untied",
-        lambda folder: (folder / "config.json").unlink(),
-        "config.json is missing",
-    ),
-    "missing file": (
-        "files",
-        lambda folder: (folder / "model-00002-of-00003.safetensors").unlink(),
-        f"model-00002-of-00003.safetensors is missing, though {INDEX} names it",
-    ),
-    "file beyond the index": (
-        "files",
-        lambda folder: save_file({"x": torch.ones(1)}, folder / "stray.safetensors"),
-        f"stray.safetensors is not in {INDEX}",
-    ),
-    "misplaced tensor": ("files", misplace, f"though {INDEX} says so: lm_head.weight"),
-    "index of nothing": (
-        "files",
-        lambda folder: (folder / INDEX).write_text("{}"),
-        f"{INDEX} has no weight_map of tensors to files",
-    ),
-    "wrong total": (
-        "files",
-        lambda folder: change_json(folder / INDEX, metadata={"total_size": 12}),
-        f"{INDEX} states total_size 12, the tensors have",
-    ),
-}
-
-
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_what_is_wrong_with_a_hugging_face_folder_is_named(
-    damage: str, copy: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
-) -> None:
-    name, change, message = DAMAGES[damage]
-    folder = copy(name)
-    change(folder)
-    for command in ("inspect", "verify"):
-        code, output = said(capsys, command, folder)
-        assert code == 2
-        assert message in output
-        assert "complete    no" in output
-
-
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_values_that_are_not_finite_are_named(
     value: float, copy: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
@@ -254,59 +124,12 @@ def test_an_index_of_the_right_size_is_sound(copy: Callable[[str], Path]) -> Non
     assert (findings.problems, len(findings.files)) == ([], 3)
 
 
-def weights(folder: Path) -> Path:
-    return folder / "weights"
-
-
-def cut(file: Path) -> None:
-    file.write_bytes(file.read_bytes()[:-100])
-
-
-STORED_DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
-    "no metadata": (lambda folder: (weights(folder) / ".metadata").unlink(), "is missing"),
-    "broken metadata": (
-        lambda folder: (weights(folder) / ".metadata").write_bytes(b"x"),
-        ".metadata can't be read",
-    ),
-    "missing file": (lambda folder: next(weights(folder).glob("*.distcp")).unlink(), "is missing"),
-    "truncated file": (
-        lambda folder: cut(next(weights(folder).glob("*.distcp"))),
-        "was not written completely",
-    ),
-    "other layers": (
-        lambda folder: change_json(folder / "config.json", num_hidden_layers=3),
-        "has the shape (2, 48), but the model's is (3, 48)",
-    ),
-    "tied": (
-        lambda folder: change_json(folder / "config.json", tie_word_embeddings=True),
-        "unexpected: output_layer.weight",
-    ),
-    "no config": (
-        lambda folder: (folder / "config.json").unlink(),
-        "nothing says which model it is",
-    ),
-}
-
-
-@pytest.mark.parametrize("damage", STORED_DAMAGES)
-def test_what_is_wrong_with_a_converted_folder_is_named(
-    damage: str, copy: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
-) -> None:
-    change, message = STORED_DAMAGES[damage]
-    folder = copy("untied-converted")
-    change(folder)
-    for command in ("inspect", "verify"):
-        code, output = said(capsys, command, folder)
-        assert code == 2
-        assert message in output
-
-
 def test_a_reference_says_the_model_where_the_checkpoint_does_not(
     copy: Callable[[str], Path], sound: dict[str, Path]
 ) -> None:
     folder = copy("untied-converted")
     (folder / "config.json").unlink()
-    findings: Findings = examine(weights(folder), reference=sound["untied"])
+    findings: Findings = examine(folder / "weights", reference=sound["untied"])
     assert findings.problems == []
     assert findings.model == examine(sound["untied"]).model
 
