@@ -29,8 +29,12 @@ def series(records: Records, key: str) -> tuple[Values, Values]:
 
 
 def step_groups(num_points: int, most: int = MAX_POINTS) -> list[npt.NDArray[np.intp]]:
-    """Return the points of a curve in at most so many groups, each drawn as one."""
-    return np.array_split(np.arange(num_points), min(most, num_points))
+    """Return the points of a curve in at most so many groups, each drawn as one.
+
+    All but the last have the same size, so that a curve is as smooth at its ends as elsewhere.
+    """
+    size = max(1, -(-num_points // most))
+    return [np.arange(num_points)[start : start + size] for start in range(0, num_points, size)]
 
 
 def thinned(steps: Values, values: Values) -> tuple[Values, Values, Values, Values]:
@@ -60,7 +64,7 @@ def step_axes(figure: Any, unit: str = "") -> Any:
     axes = figure.subplots()
     axes.set_xlabel("optimizer step")
     axes.set_ylabel(unit)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     return axes
 
 

@@ -13,6 +13,7 @@ from poweropd_megatron.telemetry.axes import (
     make_log,
     series,
     step_axes,
+    step_groups,
     thinned,
 )
 from poweropd_megatron.telemetry.svg import MUTED, SERIES, render
@@ -143,7 +144,7 @@ def time_per_phase(metrics: Records) -> str | None:
     timed = [r for r in metrics if any(r.get(f"time/{phase}_seconds") for phase in PHASES)]
     if not timed:
         return None
-    groups = np.array_split(np.arange(len(timed)), min(MAX_BARS, len(timed)))
+    groups = step_groups(len(timed), MAX_BARS)
     steps = np.array([record["step"] for record in timed])
     edges = np.array([steps[group[0]] for group in groups] + [steps[-1] + 1]) - 0.5
     seconds = {

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from poweropd_megatron.config.settings import SETTINGS
 from poweropd_megatron.errors import InputError
 from poweropd_megatron.telemetry.sinks import read_jsonl
 from poweropd_megatron.telemetry.text import evaluation_measures
@@ -32,8 +33,14 @@ class RunRecords:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Return the settings by dotted name."""
-        return dict(_flat(self.config))
+        """Return the settings by dotted name; without config.toml none.
+
+        What a config.toml of an older release doesn't have, or leaves out, had its default.
+        """
+        if not self.config:
+            return {}
+        defaults = {name: s.default for name, s in SETTINGS.items() if not s.required}
+        return {**defaults, **dict(_flat(self.config))}
 
     @property
     def objective(self) -> Mapping[str, Any]:

@@ -120,7 +120,7 @@ def _positions(
             axes.axhline(0, color=MUTED, linewidth=0.8)
             axes.plot(centre, mean, color=SERIES[0], marker=".", label="mean")
             axes.set_title(title)
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
         for axes in panels.flat[len(shown) :]:
             axes.axis("off")
         for axes in panels[:, 0]:

@@ -53,9 +53,7 @@ def test_runs_that_differ_in_seed_are_one_group_named_by_what_differs(folders):
         ["power-1", "power-2"],
         ["clip-1", "clip-2"],
     ]
-    assert set(differing_settings(runs)) == {
-        "seed", "objective.kind", "objective.alpha", "objective.clip_low", "objective.clip_high"
-    }  # fmt: skip
+    assert set(differing_settings(runs)) == {"seed", "objective.kind"}
 
 
 def test_other_settings_are_in_the_name_and_a_layout_is_not(tmp_path):
@@ -66,6 +64,17 @@ def test_other_settings_are_in_the_name_and_a_layout_is_not(tmp_path):
     ]
     groups = grouped([read_run(folder) for folder in folders])
     assert [group.label for group in groups] == ["train_steps 100", "train_steps 200"]
+
+
+def test_a_setting_that_an_older_release_lacks_had_its_default(tmp_path):
+    folders = [write_run(tmp_path / "a"), write_run(tmp_path / "b", mini_batch_size=4)]
+    folders.append(write_run(tmp_path / "c", distributed_timeout_minutes=30.0))
+    objective = "kind = 'power'\nalpha = 5.0\nterminal = 'mask'"
+    folders.append(write_run(tmp_path / "d", objective=objective))
+    runs = [read_run(folder) for folder in folders]
+    assert differing_settings(runs) == ["mini_batch_size"]
+    labels = [group.label for group in grouped(runs)]
+    assert labels == ["mini_batch_size -", "mini_batch_size 4"]
 
 
 def test_runs_without_settings_go_by_their_folder_and_equal_names_get_it_too(tmp_path):
@@ -102,7 +111,7 @@ def test_the_page_has_the_final_numbers_of_each_group(folders):
     assert "clip, clip-low -1, clip-high 1" in page.words
     assert page.tags.count("figure") == 2
     assert page.after("Settings that differ", 5) == [
-        "power, alpha 5", "clip, clip-low -1, clip-high 1", "objective.kind", "power", "clip",
+        "objective.kind", "power, alpha 5", "power", "clip, clip-low -1, clip-high 1", "clip",
     ]  # fmt: skip
 
 

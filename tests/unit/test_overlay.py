@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from poweropd_megatron.telemetry import overlay
+from poweropd_megatron.telemetry.axes import step_groups
 from poweropd_megatron.telemetry.overlay import Group
 from poweropd_megatron.telemetry.svg import LIGHT, standalone
 
@@ -34,6 +35,14 @@ def test_long_curves_are_means_of_groups_of_steps():
     np.testing.assert_allclose(steps, np.arange(1, 8001).reshape(40, 200).mean(axis=1))
     np.testing.assert_allclose(mean, of_groups.mean(axis=0), atol=1e-12)
     np.testing.assert_allclose(low, of_groups.min(axis=0), atol=1e-12)
+
+
+@pytest.mark.parametrize("num_points", [1, 39, 40, 41, 60, 100, 999])
+def test_groups_of_steps_hold_every_step_once_and_are_alike(num_points):
+    groups = step_groups(num_points, 40)
+    np.testing.assert_array_equal(np.concatenate(groups), np.arange(num_points))
+    assert len(groups) <= 40
+    assert len({len(group) for group in groups[:-1]}) <= 1
 
 
 def test_on_a_log_axis_the_mean_is_geometric_and_zero_is_left_out():
