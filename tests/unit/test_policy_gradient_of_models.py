@@ -96,10 +96,13 @@ def norm(tensors: dict[str, Tensor]) -> float:
     return math.sqrt(sum(tensor.double().square().sum().item() for tensor in tensors.values()))
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
+MODELS = {"untied": {}, "tied": {"tie_word_embeddings": True}, "llama": qwen3_folder.LLAMA}
+
+
+@pytest.fixture(scope="module", params=MODELS)
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path: Path = tmp_path_factory.mktemp("model")
-    qwen3_folder.write(path, tie_word_embeddings=request.param, seed=3)
+    qwen3_folder.write(path, seed=3, **MODELS[request.param])
     return path
 
 

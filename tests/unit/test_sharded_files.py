@@ -1,6 +1,7 @@
 """A rank's shards in several files: nothing is lost, and a thread's error is the save's."""
 
 import errno
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,9 @@ def made(value: float) -> dict[str, Any]:
 def test_what_is_read_is_what_was_saved_in_however_many_files(
     file_bytes: int, num_files: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """No process is started for it: a started one would import the program again."""
     monkeypatch.setattr(sharded, "FILE_BYTES", file_bytes)
+    monkeypatch.setattr(BaseProcess, "start", lambda self: pytest.fail(f"{self} is started"))
     checkpoint = sharded.save(made(1.5), CheckpointStore(tmp_path), 3)
     files = {name for name in read_manifest(checkpoint) if name.endswith(".distcp")}
     assert len(files) == num_files
