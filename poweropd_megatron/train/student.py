@@ -33,8 +33,8 @@ from poweropd_megatron.train.student_outcome import StudentOutcome, join_outcome
 from poweropd_megatron.train.teacher_hidden import Handed, copies_of_tokens
 
 _ADVICE = (
-    "the weights were not changed. Lower optimizer.lr, set optimizer.clip_grad, or try "
-    "objective.kind = 'power'"
+    "the weights were not changed by this optimizer step. Lower optimizer.lr, set "
+    "optimizer.clip_grad, or try objective.kind = 'power'"
 )
 _OF_TEACHER = (
     "the student was not changed. Check the weights in teacher.path for NaN, and whether "
