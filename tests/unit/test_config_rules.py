@@ -103,6 +103,7 @@ USED_WITH = {
     "objective.clip_low": {"objective__kind": "clip"},
     "objective.clip_high": {"objective__kind": "clip"},
     "objective.tau": {"objective__kind": "tanh"},
+    "objective.top_k": {"objective__kind": "topk_reverse_kl"},
     "objective.low_probability": {"objective__kind": "constant_negative"},
     "objective.ratio_low": {"objective__importance_ratio": "token"},
     "objective.ratio_high": {"objective__importance_ratio": "sequence"},
