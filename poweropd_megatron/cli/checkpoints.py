@@ -157,7 +157,7 @@ def _other(path: Path) -> "tuple[dict[str, Entry], dict[str, NamedTensor] | None
     from poweropd_megatron.inspection import manifest, verify
     from poweropd_megatron.inspection.tensors import tensors_of
 
-    if path.is_file():
+    if not path.is_dir():
         return manifest.read(path), None
     findings = _examined(path, None)
     if findings.problems:

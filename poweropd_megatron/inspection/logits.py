@@ -88,6 +88,7 @@ def of_megatron(
 
     Raises: InputError if a tensor can't be read.
     """
+    world.hush_libraries()
     device = world.start(timeout_minutes=10)
     try:
         layout = student_layout(ParallelConfig(), device, seed=1)

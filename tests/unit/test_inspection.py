@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support import converted_folder
 from support.model_folders import INDEX, KINDS, add, change_json, change_tensor, said, write_all
 
 from poweropd_megatron.cli.main import main
@@ -173,8 +174,76 @@ def test_arguments_that_cannot_work_are_refused_before_the_weights_are_read(
     for arguments, message in (
         (["--write", taken], "taken.json exists already"),
         (["--token-ids", "1,2"], "--token-ids has no effect without --logits"),
-        (["--against", tmp_path / "none"], "none is not a folder"),
+        (["--against", tmp_path / "none"], "none can't be read as a manifest"),
     ):
         code, output = said(capsys, "verify", sound["untied"], *arguments)
         assert code == 2
         assert message in output
+
+
+def test_a_run_is_complete_once_it_has_ended_with_an_export(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for folder in ("step_000004", "step_000012", ".step_000016.partial"):
+        (tmp_path / "checkpoints" / folder).mkdir(parents=True)
+    code, output = said(capsys, "inspect", tmp_path)
+    assert code == 2
+    assert "kind        a run's output_dir\ncheckpoints 4, 12\n" in output
+    assert "an unfinished save is left: .step_000016.partial" in output
+    assert "wrong       the run has not ended: no summary.json\n" in output
+    assert "wrong       nothing was exported\n" in output
+    (tmp_path / "summary.json").write_text('{"steps": 12}')
+    (tmp_path / "export").mkdir()
+    assert said(capsys, "inspect", tmp_path)[0] == 0
+    (tmp_path / "summary.json").write_text("{")
+    code, output = said(capsys, "inspect", tmp_path)
+    assert code == 2
+    assert "summary.json can't be read" in output
+    assert said(capsys, "verify", tmp_path)[0] == 2
+
+
+def test_the_folder_of_an_unfinished_conversion_is_not_complete(
+    sound: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    partial = tmp_path / ".made.partial"
+    shutil.copytree(sound["untied-converted"], partial)
+    code, output = said(capsys, "inspect", partial)
+    assert code == 2
+    assert "it is the unfinished folder of a save or a conversion" in output
+
+
+def test_megatrons_tracker_file_leads_to_the_newest_checkpoint(
+    sound: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(sound["untied-converted"] / "weights", tmp_path / "iter_0000007")
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("7")
+    arguments = ("verify", tmp_path, "--reference", sound["untied"], "--against", sound["untied"])
+    code, output = said(capsys, *arguments)
+    assert code == 0, output
+    assert "equal in all of 25 tensors" in output
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("8")
+    code, output = said(capsys, *arguments)
+    assert code == 2
+    assert "iter_0000008 is no torch_dist checkpoint" in output
+
+
+def test_layers_that_are_stored_one_by_one_are_compared_too(
+    copy: Callable[[str], Path], sound: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = copy("untied-converted")
+    stored = {}
+    for key, tensor in converted_folder.global_tensors(sound["untied"]).items():
+        if key.startswith("decoder.layers."):
+            for layer, part in enumerate(tensor):
+                stored[key.replace("layers.", f"layers.{layer}.")] = part.clone()
+        else:
+            stored[key] = tensor
+    converted_folder.write_weights(folder / "weights", stored)
+    code, output = said(capsys, "verify", folder, "--against", sound["untied"])
+    assert code == 0, output
+    assert "each layer is stored by itself" in output
+    del stored["decoder.layers.1.mlp.linear_fc2.weight"]
+    converted_folder.write_weights(folder / "weights", stored)
+    code, output = said(capsys, "inspect", folder)
+    assert code == 2
+    assert "mlp.linear_fc2.weight" in output
