@@ -90,9 +90,9 @@ def _train(
         num_runs=len(runs), num_waiting=len(waiting), jobs=recipe.jobs
     ) as progress:
         progress.say(
-            f"{len(recipe.methods)} methods, {len(recipe.seeds)} seeds: {len(runs)} runs, "
-            f"{len(runs) - len(waiting)} finished before; {recipe.jobs} side by side, of "
-            f"{recipe.ranks} processes with {recipe.threads} threads"
+            f"runs: {len(runs)} ({len(recipe.methods)} methods x {len(recipe.seeds)} seeds), "
+            f"finished before: {len(runs) - len(waiting)}; side by side: {recipe.jobs}, ranks of "
+            f"each: {recipe.ranks}, threads of each rank: {recipe.threads}"
         )
         return run_side_by_side(waiting, jobs=recipe.jobs, start=start, listener=progress)
 

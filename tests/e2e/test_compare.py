@@ -72,7 +72,7 @@ def test_the_quick_comparison_trains_every_method_and_tells_of_it(tmp_path, caps
     capsys.readouterr()
     assert command.compare(recipe, start=start) == 0
     assert len(started) == len(recipe.methods)
-    assert f"{len(started)} finished before" in capsys.readouterr().out
+    assert f"finished before: {len(started)};" in capsys.readouterr().out
 
 
 def test_an_interrupted_comparison_ends_its_run_which_resumes_from_its_checkpoint(tmp_path):
@@ -96,7 +96,7 @@ def test_an_interrupted_comparison_ends_its_run_which_resumes_from_its_checkpoin
     again = _start(arguments)
     output, errors = again.communicate(timeout=200)
     assert (again.returncode, errors) == (0, "")
-    assert "1 runs, 0 finished before" in output
+    assert "runs: 1 (1 methods x 1 seeds), finished before: 0;" in output
     assert "power_1 seed 1 finished in" in output
     assert "going on after step" in (folder / "train.log").read_text()
     assert steps_recorded(folder) == list(range(21))

@@ -156,7 +156,7 @@ def test_a_failed_run_ends_the_command_with_1_after_the_table_and_is_tried_again
     assert command.compare(recipe, start=start) == 0
     assert attempts.count("power_1 seed 1") == 2
     assert len(attempts) == 5
-    assert "4 runs, 3 finished before" in capsys.readouterr().out
+    assert "runs: 4 (2 methods x 2 seeds), finished before: 3;" in capsys.readouterr().out
 
 
 def test_torchrun_around_a_comparison_is_refused(tmp_path, capsys, monkeypatch):
