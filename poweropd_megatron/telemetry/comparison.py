@@ -55,6 +55,13 @@ _SECTIONS: dict[str, tuple[_Curve, ...]] = {
             "L2 norm / reward",
             _LOG,
         ),
+        _Curve(
+            "Chance in the gradient",
+            "Its estimated variance, by its squared norm.",
+            "grad_variance_fraction",
+            "fraction",
+            _FROM_ZERO,
+        ),
         _Curve("Largest reward", "Of a step's tokens.", "reward/max", "reward"),
         _Curve("Smallest reward", "Of a step's tokens.", "reward/min", "reward"),
         _Curve("Mean reward", "Above 0: the teacher favours the tokens.", "reward/mean", "reward"),
@@ -201,7 +208,7 @@ def _sections(groups: Sequence[RunGroup]) -> list[tuple[str, list[Figure]]]:
     curves = [group.curve for group in groups]
     sections = {"Accuracy": accuracies} | _SECTIONS
     drawn = [(title, _draw(curves, figures)) for title, figures in sections.items()]
-    drawn.append(("Rewards at the end", _reward_figures(groups)))
+    drawn.insert(2, ("Rewards at the end", _reward_figures(groups)))
     return [(title, figures) for title, figures in drawn if figures]
 
 

@@ -55,7 +55,11 @@ def response_length(metrics: Records) -> str | None:
 
 def kl_and_entropy(metrics: Records) -> str | None:
     """Draw the student's divergence from the teacher and its entropy."""
-    keys = {"kl/student_teacher": "KL(student, teacher)", "entropy": "entropy of the student"}
+    keys = {
+        "kl/student_teacher": "KL(student, teacher)",
+        "entropy": "entropy of the student",
+        "kl/full_vocabulary": "KL over the whole vocabulary",
+    }
     return _curves("kl-and-entropy", metrics, keys, "nats per token")
 
 
