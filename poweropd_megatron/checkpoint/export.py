@@ -12,13 +12,13 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from poweropd_megatron.conversion.other_files import copy_other_files
 from poweropd_megatron.errors import InputError
 from poweropd_megatron.models import hf_weights
 from poweropd_megatron.models.build import layer_numbers
 from poweropd_megatron.models.families import hugging_face_shapes, weights_of
 from poweropd_megatron.models.hf_folder import INDEX_NAME, HFFolder
 from poweropd_megatron.models.model_config import ModelConfig
+from poweropd_megatron.models.other_files import copy_other_files
 from poweropd_megatron.parallel.layout import Layout
 from poweropd_megatron.parallel.world import agreed
 from poweropd_megatron.train.student import Student

@@ -19,8 +19,8 @@ from poweropd_megatron.errors import InputError
 from poweropd_megatron.models.families.weight import Weight
 
 Buffer = npt.NDArray[np.uint8]
-PIECE_BYTES = 4 * 2**20
-"""What is held in memory at once."""
+PIECE_BYTES = 2**19
+"""What is held in memory at once: little enough to stay in a core's cache on its way."""
 
 
 class Array(Protocol):

@@ -28,10 +28,10 @@ from poweropd_megatron.conversion.arrays import (
 from poweropd_megatron.conversion.dist_items import cut_rows
 from poweropd_megatron.conversion.dist_source import DistSource, parts_in_order, weights_folder
 from poweropd_megatron.conversion.hf_tensors import EMBEDDING, HEAD, make_header, read_tensors
-from poweropd_megatron.conversion.other_files import copy_other_files
 from poweropd_megatron.errors import InputError
 from poweropd_megatron.models.families import read_model_config
 from poweropd_megatron.models.hf_folder import INDEX_NAME
+from poweropd_megatron.models.other_files import copy_other_files
 from poweropd_megatron.models.torch_dist_folder import TorchDistFolder
 
 _INPUT, _OUTPUT, _REFERENCE = "--input", "--output", "--reference"
@@ -69,6 +69,11 @@ def to_hugging_face(
             "files": [[file.name, file.num_bytes, list(file.offsets)] for file in files],
             "jobs": len(jobs),
         }
+
+        def keep(part: int, facts: dict[str, Any]) -> None:
+            partial.fsync(folder.path / jobs[part].file.name)
+            folder.record(part, facts)
+
         done = folder.begin(plan)
         missing = {part: job.num_bytes for part, job in enumerate(jobs) if part not in done}
         partial.check_space(folder.path, sum(missing.values()), _OUTPUT)
@@ -76,7 +81,7 @@ def to_hugging_face(
             for file in files:
                 file.create(folder.path)
             workers.run_parts(
-                missing, conversion.write, folder.record, num_workers=num_workers, verb="export"
+                missing, conversion.write, keep, num_workers=num_workers, verb="export"
             )
             kinds = {tensor.dtype for tensor in tensors}
             copy_other_files(
@@ -127,7 +132,9 @@ def _plan_tensors(
     tensors: list[_Tensor] = []
     runs_of: dict[str, list[Run]] = {}
     for stored, index in parts_in_order(config):
-        runs = runs_of.setdefault(stored.key, merged_runs(stored.weight))
+        if stored.key not in runs_of:
+            runs_of[stored.key] = merged_runs(stored.weight)
+        runs = runs_of[stored.key]
         merged, stored_dtype = found.array(stored, index), found.dtype(stored, index)
         weight = stored.weight.at(**dict(zip(stored.weight.stacked, index, strict=True)))
         for number, (name, shape) in enumerate(
@@ -234,7 +241,7 @@ class _Conversion:
     process: int
 
     def write(self, part: int) -> dict[str, Any]:
-        """Write a job's rows and bring them to the disk. Raises: OSError, InputError."""
+        """Write a job's rows. Raises: OSError, InputError."""
         job = self.jobs[part]
         buffer = np.empty(PIECE_BYTES, np.uint8)
         descriptor = os.open(self.folder / job.file.name, os.O_WRONLY)
@@ -248,7 +255,6 @@ class _Conversion:
                     while view:
                         count = os.pwrite(descriptor, view, offset)
                         view, offset = view[count:], offset + count
-            os.fdatasync(descriptor)
         finally:
             os.close(descriptor)
         return {}

@@ -26,11 +26,11 @@ from poweropd_megatron.conversion.arrays import (
 )
 from poweropd_megatron.conversion.dist_items import Item, ItemFile
 from poweropd_megatron.conversion.hf_tensors import HFTensor, check_tensors, read_tensors
-from poweropd_megatron.conversion.other_files import copy_other_files
 from poweropd_megatron.conversion.torch_items import Containers
 from poweropd_megatron.errors import InputError
 from poweropd_megatron.models.families import read_model_config, stored_tensors
 from poweropd_megatron.models.families.weight import StoredTensor
+from poweropd_megatron.models.other_files import copy_other_files
 from poweropd_megatron.models.weight_source import WEIGHTS_NAME
 
 _TRACKER = "latest_checkpointed_iteration.txt"
@@ -63,13 +63,18 @@ def to_megatron(
             "dtype": str(dtype),
             "files": [[file.name, len(file.items), file.num_bytes] for file in files],
         }
+
+        def keep(part: int, facts: dict[str, Any]) -> None:
+            partial.fsync(conversion.folder / files[part].name)
+            folder.record(part, facts)
+
         done = folder.begin(plan)
         missing = {part: file.num_bytes for part, file in enumerate(files) if part not in done}
         partial.check_space(folder.path, sum(missing.values()), _OUTPUT)
         try:
             conversion.folder.mkdir(exist_ok=True)
             workers.run_parts(
-                missing, conversion.write, folder.record, num_workers=num_workers, verb="import"
+                missing, conversion.write, keep, num_workers=num_workers, verb="import"
             )
             digests = {file.name: folder.facts(part)["sha256"] for part, file in enumerate(files)}
             dist_items.write_metadata(conversion.folder, stored, conversion.places())
@@ -132,7 +137,7 @@ class _Conversion:
     process: int
 
     def write(self, part: int) -> dict[str, Any]:
-        """Return the SHA-256 of a file, after writing it and bringing it to the disk.
+        """Return the SHA-256 of a file, after writing it.
 
         Raises: OSError, InputError.
         """
@@ -154,7 +159,6 @@ class _Conversion:
                     workers.exit_if_abandoned(self.process)
                     put(piece)
                 put(around.tail)
-            os.fsync(stream.fileno())
         return {"sha256": sha256.hexdigest()}
 
     def places(self) -> Iterator[tuple[Item, str, int, int]]:

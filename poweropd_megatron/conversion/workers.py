@@ -28,6 +28,7 @@ def run_parts(
 ) -> None:
     """Do `work` for each part and hand what it returns to `done`, in the order of completion.
 
+    `done` is called here, while the workers go on: it may wait for the disk.
     parts holds the bytes of each part; the workers are forked, so nothing is copied to them.
     Raises: UserError and OSError as a worker raised them, or InputError if one was killed.
     """
@@ -55,16 +56,17 @@ def _deal(
     waiting.reverse()
     by_connection = {worker.connection: worker for worker in workers}
     for worker in workers:
-        worker.connection.send(waiting.pop())
+        worker.send(waiting.pop())
     while by_connection:
         for connection in wait(list(by_connection)):
             assert isinstance(connection, Connection)
-            part, facts = by_connection[connection].receive()
-            finish(part, facts)
+            worker = by_connection[connection]
+            part, facts = worker.receive()
             if waiting:
-                connection.send(waiting.pop())
+                worker.send(waiting.pop())
             else:
                 del by_connection[connection]
+            finish(part, facts)
 
 
 class _Worker:
@@ -87,19 +89,29 @@ class _Worker:
         self._process.join()
         self.connection.close()
 
+    def send(self, part: int) -> None:
+        """Let the worker do a part. Raises: InputError if it was killed."""
+        try:
+            self.connection.send(part)
+        except OSError:
+            raise self._was_killed() from None
+
     def receive(self) -> tuple[int, dict[str, Any]]:
         """Return the part that is done, and its facts; raise what the worker raised."""
         try:
             part, facts, failure = self.connection.recv()
-        except EOFError:
-            self._process.join()
-            raise InputError(
-                f"--workers: one of them ended with code {self._process.exitcode} (killed for "
-                "memory?); run the same command again, with fewer"
-            ) from None
+        except (EOFError, OSError):
+            raise self._was_killed() from None
         if failure is not None:
             raise failure
         return part, facts
+
+    def _was_killed(self) -> InputError:
+        self._process.join()
+        return InputError(
+            f"--workers: one of them ended with code {self._process.exitcode} (killed for "
+            "memory?); run the same command again, with fewer"
+        )
 
 
 def _serve(work: Work, connection: Connection, parent: int) -> None:

@@ -8,7 +8,7 @@ import torch
 
 from poweropd_megatron.models.hf_folder import INDEX_NAME, read_json
 
-WEIGHT_FILES = (
+_WEIGHT_FILES = (
     *("*.safetensors", INDEX_NAME, "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.gguf"),
     "latest_checkpointed_iteration.txt",
 )
@@ -30,7 +30,7 @@ def copy_other_files(
         if entry.is_dir():
             if entry.name not in _NOT_COPIED:
                 shutil.copytree(entry, target / entry.name, dirs_exist_ok=True)
-        elif not any(entry.match(pattern) for pattern in WEIGHT_FILES):
+        elif not any(entry.match(pattern) for pattern in _WEIGHT_FILES):
             shutil.copyfile(entry, target / entry.name)
     stated = "dtype" if "dtype" in config else "torch_dtype"
     name = str(dtype).removeprefix("torch.")
