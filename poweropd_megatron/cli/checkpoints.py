@@ -77,10 +77,10 @@ def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
 
 
 def _token_ids(text: str) -> list[int]:
-    ids = [int(part) for part in text.split(",")]
-    if min(ids) < 0:
-        raise ValueError
-    return ids
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() for part in parts):
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of ids such as 1,2,3")
+    return [int(part) for part in parts]
 
 
 def _inspect(arguments: argparse.Namespace) -> int:

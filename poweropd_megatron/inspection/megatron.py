@@ -27,10 +27,10 @@ def examine(path: Path, *, reference: Path | None) -> Findings:
         findings.weights_path = weights_folder(path, setting=SETTING)
         _check_manifest(findings)
         folder = TorchDistFolder(findings.weights_path, setting=SETTING)
-        common = folder.common_state()
     except InputError as error:
         findings.add_error(error)
         return findings
+    common = _common_state(findings, folder)
     findings.files = folder.files()
     shapes = folder.shapes()
     of_optimizer = {key for key in shapes if key.startswith("optimizer.")}
@@ -94,6 +94,18 @@ def _check_manifest(findings: Findings) -> None:
             findings.problems.append(
                 f"{file} has {file.stat().st_size} bytes, {MANIFEST_NAME} says {stated['bytes']}"
             )
+
+
+def _common_state(findings: Findings, folder: TorchDistFolder) -> dict[str, Any]:
+    """Return what is stored beside tensors; nothing, with a note, where it isn't plain values.
+
+    Megatron-LM keeps its arguments there, as objects of its own. Converting needs none of it.
+    """
+    try:
+        return folder.common_state()
+    except InputError:
+        findings.notes.append("its common state holds more than plain values, and is not read")
+        return {}
 
 
 def _tell_of_run(findings: Findings, folder: TorchDistFolder, common: dict[str, Any]) -> None:

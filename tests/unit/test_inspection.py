@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import types
 from collections.abc import Callable
 from pathlib import Path
 
@@ -247,3 +248,24 @@ def test_layers_that_are_stored_one_by_one_are_compared_too(
     code, output = said(capsys, "inspect", folder)
     assert code == 2
     assert "mlp.linear_fc2.weight" in output
+
+
+def test_a_common_state_of_other_objects_is_left_alone(
+    copy: Callable[[str], Path], sound: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Such as the arguments that Megatron-LM keeps there."""
+    folder = copy("untied-converted")
+    file = folder / "weights" / "common.pt"
+    torch.save({"iteration": 7, "args": types.SimpleNamespace(num_layers=2)}, file)
+    code, output = said(capsys, "verify", folder, "--against", sound["untied"])
+    assert code == 0, output
+    assert "its common state holds more than plain values, and is not read" in output
+
+
+@pytest.mark.parametrize("ids", ["", "1,", "a", "-1", "1 2"])
+def test_token_ids_are_numbers_with_commas(
+    ids: str, sound: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["verify", str(sound["untied"]), "--logits", f"--token-ids={ids}"])
+    assert f"{ids!r} is no list of ids such as 1,2,3" in capsys.readouterr().err
