@@ -10,7 +10,17 @@ from pathlib import Path
 
 import torch
 
-from poweropd_megatron.conversion.arrays import Buffer, Files, Tile, Tiled
+from poweropd_megatron.conversion.arrays import (
+    Array,
+    Buffer,
+    Files,
+    Rearranged,
+    Run,
+    Tile,
+    Tiled,
+    merged_runs,
+    split_runs,
+)
 from poweropd_megatron.conversion.torch_items import tensor_offset
 from poweropd_megatron.errors import InputError
 from poweropd_megatron.models.families import stored_tensors
@@ -20,7 +30,7 @@ from poweropd_megatron.models.torch_dist_folder import METADATA_NAME, StoredPiec
 from poweropd_megatron.models.weight_source import WEIGHTS_NAME
 
 TRACKER_NAME = "latest_checkpointed_iteration.txt"
-_OPTIMIZER = re.compile(r"(?:chained_\d+\.)?optimizer\.(?:state\.(?:fp32_)?param\.(?P<of>.+))?")
+OPTIMIZER = re.compile(r"(?:chained_\d+\.)?optimizer\.(?:state\.(?:fp32_)?param\.(?P<of>.+))?")
 """Keys of the optimizer's state; `of`: the parameter that it is an fp32 copy of."""
 _LAYERS = "decoder.layers."
 
@@ -65,7 +75,7 @@ class DistSource:
         self.folder = folder
         self._files = Files(folder.setting)
         self._shapes = folder.shapes()
-        of_optimizer = {key: _OPTIMIZER.match(key) for key in self._shapes}
+        of_optimizer = {key: OPTIMIZER.match(key) for key in self._shapes}
         self._masters = {
             match["of"]: key
             for key, match in of_optimizer.items()
@@ -192,7 +202,34 @@ class _ItemRows:
         self.item.files.read(self.item.piece.path, offset, out_RB)
 
 
-def parts_in_order(config: ModelConfig) -> Sequence[tuple[StoredTensor, tuple[int, ...]]]:
+@dataclass(frozen=True)
+class TakenApart:
+    """A Hugging Face tensor, whose rows lie in a parameter that is stored merged."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    rows: Array
+
+
+def hugging_face_tensors(source: DistSource, config: ModelConfig) -> Iterator[TakenApart]:
+    """Yield the Hugging Face tensors of a model: embedding, layers, head.
+
+    Raises: InputError if parts of one are not stored.
+    """
+    runs_of: dict[str, list[Run]] = {}
+    for stored, index in _parts_in_order(config):
+        if stored.key not in runs_of:
+            runs_of[stored.key] = merged_runs(stored.weight)
+        merged, dtype = source.array(stored, index), source.dtype(stored, index)
+        weight = stored.weight.at(**dict(zip(stored.weight.stacked, index, strict=True)))
+        for number, shape in enumerate(weight.shapes):
+            runs = split_runs(runs_of[stored.key], number)
+            rows = Rearranged([merged], runs, shape[0], merged.row_bytes)
+            yield TakenApart(weight.hugging_face[number], dtype, shape, rows)
+
+
+def _parts_in_order(config: ModelConfig) -> Sequence[tuple[StoredTensor, tuple[int, ...]]]:
     """Return the parameters of a model as they follow one another: embedding, layers, head."""
     parts = [(stored, index) for stored in stored_tensors(config) for index, _ in stored.parts()]
     return sorted(parts, key=lambda part: part[1][0] if part[1] else _place(part[0], config))

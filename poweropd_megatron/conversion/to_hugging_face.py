@@ -18,15 +18,15 @@ from poweropd_megatron.conversion import partial, shards, workers
 from poweropd_megatron.conversion.arrays import (
     PIECE_BYTES,
     Array,
-    Rearranged,
-    Run,
     cast_bytes,
-    merged_runs,
     read_pieces,
-    split_runs,
 )
 from poweropd_megatron.conversion.dist_items import cut_rows
-from poweropd_megatron.conversion.dist_source import DistSource, parts_in_order, weights_folder
+from poweropd_megatron.conversion.dist_source import (
+    DistSource,
+    hugging_face_tensors,
+    weights_folder,
+)
 from poweropd_megatron.conversion.hf_tensors import EMBEDDING, HEAD, make_header, read_tensors
 from poweropd_megatron.errors import InputError
 from poweropd_megatron.models.families import read_model_config
@@ -129,19 +129,10 @@ def _plan_tensors(
     others = reference or source
     config = read_model_config(others, setting=_REFERENCE)
     found = DistSource(folder, config, prefers_masters=dtype == torch.float32)
-    tensors: list[_Tensor] = []
-    runs_of: dict[str, list[Run]] = {}
-    for stored, index in parts_in_order(config):
-        if stored.key not in runs_of:
-            runs_of[stored.key] = merged_runs(stored.weight)
-        runs = runs_of[stored.key]
-        merged, stored_dtype = found.array(stored, index), found.dtype(stored, index)
-        weight = stored.weight.at(**dict(zip(stored.weight.stacked, index, strict=True)))
-        for number, (name, shape) in enumerate(
-            zip(weight.hugging_face, weight.shapes, strict=True)
-        ):
-            rows = Rearranged([merged], split_runs(runs, number), shape[0], merged.row_bytes)
-            tensors.append(_Tensor(name, dtype or stored_dtype, shape, rows, stored_dtype))
+    tensors = [
+        _Tensor(part.name, dtype or part.dtype, part.shape, part.rows, part.dtype)
+        for part in hugging_face_tensors(found, config)
+    ]
     if config.tie_word_embeddings and HEAD in shards.reference_files(others, setting=_REFERENCE):
         (embedding,) = [tensor for tensor in tensors if tensor.name == EMBEDDING]
         tensors.append(_replace_name(embedding, HEAD))

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from poweropd_megatron.checkpoint.store import MANIFEST_NAME, read_manifest
-from poweropd_megatron.conversion.dist_source import DistSource, weights_folder
+from poweropd_megatron.conversion.dist_source import OPTIMIZER, DistSource, weights_folder
 from poweropd_megatron.errors import CheckpointError, InputError
 from poweropd_megatron.inspection.findings import SETTING, Facts, Findings
 from poweropd_megatron.models.families import read_model_config, stored_tensors
@@ -33,7 +33,7 @@ def examine(path: Path, *, reference: Path | None) -> Findings:
     common = _common_state(findings, folder)
     findings.files = folder.files()
     shapes = folder.shapes()
-    of_optimizer = {key for key in shapes if key.startswith("optimizer.")}
+    of_optimizer = {key for key in shapes if OPTIMIZER.match(key)}
     if of_optimizer or "run" in common:
         findings.kind = "training"
     findings.tensors = {

@@ -11,15 +11,11 @@ from poweropd_megatron.conversion.arrays import (
     PIECE_BYTES,
     Array,
     Buffer,
-    Rearranged,
-    merged_runs,
     read_pieces,
-    split_runs,
 )
-from poweropd_megatron.conversion.dist_source import DistSource, parts_in_order
+from poweropd_megatron.conversion.dist_source import DistSource, hugging_face_tensors
 from poweropd_megatron.conversion.hf_tensors import read_tensors
 from poweropd_megatron.inspection.findings import SETTING, Findings
-from poweropd_megatron.models.model_config import ModelConfig
 from poweropd_megatron.models.torch_dist_folder import TorchDistFolder
 
 
@@ -59,19 +55,8 @@ def tensors_of(findings: Findings) -> dict[str, NamedTensor]:
         }
     assert findings.model is not None
     folder = TorchDistFolder(findings.weights_path, setting=SETTING)
-    return dict(_taken_apart(folder, findings.model))
-
-
-def _taken_apart(folder: TorchDistFolder, model: ModelConfig) -> Iterator[tuple[str, NamedTensor]]:
-    """Yield the tensors that each stored parameter was merged from."""
-    source = DistSource(folder, model, prefers_masters=False)
-    runs_of = {}
-    for stored, index in parts_in_order(model):
-        if stored.key not in runs_of:
-            runs_of[stored.key] = merged_runs(stored.weight)
-        merged, dtype = source.array(stored, index), source.dtype(stored, index)
-        weight = stored.weight.at(**dict(zip(stored.weight.stacked, index, strict=True)))
-        for number, shape in enumerate(weight.shapes):
-            runs = split_runs(runs_of[stored.key], number)
-            rows = Rearranged([merged], runs, shape[0], merged.row_bytes)
-            yield weight.hugging_face[number], NamedTensor(dtype, shape, rows)
+    source = DistSource(folder, findings.model, prefers_masters=False)
+    return {
+        part.name: NamedTensor(part.dtype, part.shape, part.rows)
+        for part in hugging_face_tensors(source, findings.model)
+    }
