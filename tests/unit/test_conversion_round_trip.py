@@ -1,6 +1,9 @@
 """Hugging Face -> Megatron -> Hugging Face gives back every bit; between lie global tensors."""
 
 import json
+import re
+import subprocess
+import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -9,9 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support import converted_folder, qwen3_folder
+from support.benchmark_run import REPO
 from torch import Tensor
 
 from poweropd_megatron.checkpoint.store import read_manifest, verify
+from poweropd_megatron.cli.main import main
 from poweropd_megatron.conversion import dist_items
 from poweropd_megatron.conversion.to_hugging_face import to_hugging_face
 from poweropd_megatron.conversion.to_megatron import to_megatron
@@ -198,3 +203,27 @@ def test_tensors_of_several_types_keep_theirs(tmp_path):
     to_megatron(tmp_path / "hf", tmp_path / "megatron", num_workers=2)
     to_hugging_face(tmp_path / "megatron", tmp_path / "back", num_workers=2)
     assert_same_bits(read(tmp_path / "back"), tensors)
+
+
+@pytest.mark.parametrize("name", ["hf_to_megatron", "megatron_to_hf"])
+def test_the_scripts_of_a_checkout_are_the_commands_and_tell_about_them_without_torch(name):
+    told = subprocess.run(
+        [sys.executable, "-X", "importtime", f"checkpoints_tools/{name}.py", "--help"],
+        cwd=REPO,
+        capture_output=True,
+        text=True,
+    )
+    assert told.returncode == 0
+    assert "--workers" in told.stdout
+    assert not re.search(r"\b(torch|numpy|safetensors)\b", told.stderr)
+
+
+def test_the_command_converts_there_and_back(tmp_path, capsys):
+    tensors = write_bits(tmp_path / "hf")
+    folders = [str(tmp_path / name) for name in ("hf", "megatron", "back")]
+    places = ["--input", folders[0], "--output", folders[1], "--workers", "1"]
+    assert main(["convert", "to-megatron", *places]) == 0
+    places = ["--input", folders[1], "--output", folders[2], "--max-shard-size", "1GB"]
+    assert main(["convert", "to-hf", *places, "--reference", folders[0], "--workers", "2"]) == 0
+    assert capsys.readouterr().out.split() == folders[1:]
+    assert_same_bits(load_file(tmp_path / "back" / "model.safetensors"), tensors)
