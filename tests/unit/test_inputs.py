@@ -12,6 +12,7 @@ import pytest
 from support import qwen3_folder
 from support.run_settings import small_run
 
+from poweropd_megatron.config.objective import ObjectiveConfig
 from poweropd_megatron.config.schema import DataConfig, TrainConfig
 from poweropd_megatron.errors import ConfigError, InputError
 from poweropd_megatron.train.inputs import read_inputs
@@ -258,6 +259,12 @@ def test_a_teacher_without_rows_for_all_the_students_tokens_is_refused(
 ) -> None:
     edit_json(f"{config.teacher.path}/config.json", vocab_size=20)
     refused(config, ConfigError, "student.path has vocab_size 24, more than teacher.path's 20")
+
+
+def test_objectives_over_the_vocabulary_need_one_of_a_size(config: TrainConfig) -> None:
+    config.objective = ObjectiveConfig(kind="reverse_kl")
+    edit_json(f"{config.teacher.path}/config.json", vocab_size=26)
+    refused(config, ConfigError, "objective.kind = 'reverse_kl'", "vocab_size 24", "path 26")
 
 
 def test_a_model_without_rows_for_all_tokens_is_refused(config: TrainConfig) -> None:
