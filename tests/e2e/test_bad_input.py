@@ -134,13 +134,7 @@ def test_a_pipeline_or_a_setting_of_megatrons_that_cannot_be(change, pp, words, 
             3,
             1,
             3,
-            "tensor_model_parallel_size = 3 must divide the {}'s attention heads (4); 1 or 2",
-        ),
-        (
-            4,
-            1,
-            4,
-            "tensor_model_parallel_size = 4 must divide the {}'s key-value heads (2); 1 or 2",
+            "tensor_model_parallel_size = 3 must divide the {}'s attention heads (4); 1, 2 or 4",
         ),
         (1, 3, 3, "pipeline_model_parallel_size = 3 must divide the {}'s layers (4); 1, 2 or 4"),
     ],
@@ -263,8 +257,8 @@ def test_a_tensor_of_another_shape_ends_all_ranks_and_binds_no_later_start(tmp_p
     run = settings(tmp_path / "run", f"--student.path={folder}", *NO_EVALUATION, steps=3)
     ended = train([*run, "--student.parallel.pipeline_model_parallel_size=2"], world_size=2)
     said = only_message(ended.expect(2).stderr)
-    assert said.startswith(f"student.path: {name} gives decoder.layers.1.mlp.linear_fc2.weight ")
-    assert said.endswith("the shape (63, 128), but config.json implies (64, 128) (on rank 1)")
+    shapes = "has the shape (63, 128), but config.json implies (64, 128)"
+    assert said == f"student.path: {name} {shapes} (on rank 1)"
     assert not (tmp_path / "run" / "config.toml").exists()
 
     save_file(tensors, folder / "model.safetensors")
