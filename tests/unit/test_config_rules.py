@@ -2,22 +2,18 @@
 
 import copy
 import math
-import operator
 import re
 from pathlib import Path
 
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from support.changed_config import assign, config_with
 
 from poweropd_megatron.config.load import parse_train_config
 from poweropd_megatron.config.ranges import RANGES
-from poweropd_megatron.config.rules import check, check_model_layout
+from poweropd_megatron.config.rules import check
 from poweropd_megatron.config.schema import (
-    DataConfig,
-    ParallelConfig,
-    StudentConfig,
-    TeacherConfig,
     TrainConfig,
 )
 from poweropd_megatron.config.settings import SETTINGS
@@ -28,28 +24,6 @@ RECIPES = {"chain_sum": 2, "qwen3_1p7b_from_4b": 8}
 
 INTEGERS = {name for name, s in SETTINGS.items() if s.type in (int, int | None)}
 FLOATS = {name for name, s in SETTINGS.items() if s.type is float}
-
-
-def config_with(**changes: object) -> TrainConfig:
-    """Return a small valid run with changes under dotted names (__ for a dot)."""
-    config = TrainConfig(
-        output_dir="runs/x",
-        train_steps=10,
-        global_batch_size=12,
-        student=StudentConfig(path="student"),
-        teacher=TeacherConfig(path="teacher"),
-        data=DataConfig(train_files=["a.jsonl"]),
-    )
-    for name, value in changes.items():
-        assign(config, name.replace("__", "."), value)
-    return config
-
-
-def assign(config: TrainConfig, name: str, value: object) -> None:
-    table, _, field = name.rpartition(".")
-    owner = operator.attrgetter(table)(config) if table else config
-    assert hasattr(owner, field)
-    setattr(owner, field, value)
 
 
 def message_of(config: TrainConfig, world_size: int | None = None) -> str:
@@ -289,60 +263,6 @@ def test_every_batch_size_that_a_message_offers_is_accepted(
             check(fixed, world_size)
 
 
-SHAPE = {
-    "num_layers": 28,
-    "num_attention_heads": 16,
-    "num_query_groups": 8,
-    "kv_channels": 128,
-    "ffn_hidden_size": 6144,
-    "num_moe_experts": None,
-}
-
-
-@pytest.mark.parametrize(
-    ("sizes", "words"),
-    [
-        ((3, 1), "tensor_model_parallel_size = 3 must divide the student's attention heads (16)"),
-        ((32, 1), "size = 32 must divide the student's attention heads (16); 1, 2, 4, 8 or 16 "),
-        ((1, 3), "pipeline_model_parallel_size = 3 must divide the student's layers (28); 1, 2, 4"),
-    ],
-)
-def test_a_layout_must_be_able_to_cut_the_model(sizes, words):
-    parallel = ParallelConfig(
-        tensor_model_parallel_size=sizes[0], pipeline_model_parallel_size=sizes[1]
-    )
-    with pytest.raises(ConfigError) as caught:
-        check_model_layout("student", parallel, {}, **SHAPE)
-    assert words in str(caught.value)
-    assert str(caught.value).startswith("student.parallel.")
-
-
-@pytest.mark.parametrize(
-    ("heads", "key_value_heads", "channels", "size", "words"),
-    [
-        (24, 8, 96, 12, "divide the student's key-value heads (8), or be a multiple; 1, 2, 4, 8"),
-        (24, 8, 96, 24, None),
-        (16, 2, 1, 8, "divide the rows of the student's linear_qkv (20); 1, 2 or 4 would work"),
-    ],
-)
-def test_key_value_heads_may_be_shared_by_ranks_but_not_cut(
-    heads, key_value_heads, channels, size, words
-):
-    shape = {
-        **SHAPE,
-        "num_attention_heads": heads,
-        "num_query_groups": key_value_heads,
-        "kv_channels": channels,
-    }
-    parallel = ParallelConfig(tensor_model_parallel_size=size)
-    if words is None:
-        check_model_layout("student", parallel, {}, **shape)
-        return
-    with pytest.raises(ConfigError) as caught:
-        check_model_layout("student", parallel, {}, **shape)
-    assert f"student.parallel.tensor_model_parallel_size = {size} must {words}" in str(caught.value)
-
-
 @pytest.mark.parametrize("name", ["student", "teacher"])
 def test_context_parallel_ranks_take_part_in_what_divides_the_world(name):
     config = config_with(**{f"{name}.parallel.context_parallel_size": 3})
@@ -361,12 +281,3 @@ def test_context_parallel_ranks_share_their_part_of_the_batch():
     config.global_batch_size = 6
     message = message_of(config, 8)
     assert "the student's data-parallel size = 4 (8 ranks / 2 model-parallel)" in message
-
-
-def test_the_feed_forward_size_must_divide_too():
-    parallel = ParallelConfig(tensor_model_parallel_size=2)
-    with pytest.raises(
-        ConfigError, match=r"teacher\.parallel.*feed-forward size \(6145\); 1 would"
-    ):
-        check_model_layout("teacher", parallel, {}, **{**SHAPE, "ffn_hidden_size": 6145})
-    check_model_layout("teacher", parallel, {}, **SHAPE)

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from support import qwen3_folder
 from support.converted_folder import global_tensors
+from support.edited_folder import add_to_index, edit, edit_json
 from support.stored_checkpoint import write_in_pieces
 
 from poweropd_megatron.cli.main import main
@@ -19,28 +19,9 @@ from poweropd_megatron.conversion.to_hugging_face import to_hugging_face
 from poweropd_megatron.conversion.to_megatron import to_megatron
 from poweropd_megatron.errors import InputError
 
-
-def edit(folder: Path, name: str, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
-    """Change the tensors of a file."""
-    tensors = load_file(folder / name)
-    change(tensors)
-    save_file(tensors, folder / name)
-
-
-def edit_json(folder: Path, name: str, **changes: object) -> None:
-    values = json.loads((folder / name).read_text())
-    (folder / name).write_text(json.dumps(values | changes))
-
-
 FIRST, SECOND = (f"model-0000{number}-of-00002.safetensors" for number in (1, 2))
 Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
 NORM = "model.layers.0.input_layernorm.weight"
-
-
-def add_to_index(folder: Path, name: str, file_name: str) -> None:
-    index = json.loads((folder / "model.safetensors.index.json").read_text())
-    index["weight_map"][name] = file_name
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
 def add(folder: Path, name: str, tensor: torch.Tensor) -> None:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,10 +9,10 @@ from typing import Any
 
 import pytest
 from support import qwen3_folder
-from support.run_settings import small_run
+from support.run_inputs import edit_json, refused, working_config, write_lines
 
 from poweropd_megatron.config.objective import ObjectiveConfig
-from poweropd_megatron.config.schema import DataConfig, TrainConfig
+from poweropd_megatron.config.schema import TrainConfig
 from poweropd_megatron.errors import ConfigError, InputError
 from poweropd_megatron.train.inputs import read_inputs
 
@@ -23,34 +22,7 @@ Change = Callable[[TrainConfig], None]
 @pytest.fixture
 def config(tmp_path: Path, student_folder: Path, teacher_folder: Path) -> TrainConfig:
     """Return settings that work, on copies of the bundled models and two prompt files."""
-    shutil.copytree(student_folder, tmp_path / "student")
-    shutil.copytree(teacher_folder, tmp_path / "teacher")
-    write_lines(tmp_path / "train.jsonl", {"prompt": "1+2+3="}, {"prompt": "4+5+6+7="})
-    rows = [{"prompt": f"{i}+1+1=", "answer": str(i + 2)} for i in range(5)]
-    write_lines(tmp_path / "held_out.jsonl", *rows)
-    write_lines(tmp_path / "more.jsonl", {"prompt": "9+9+9=", "answer": 27})
-    config = small_run(
-        tmp_path / "student",
-        tmp_path / "teacher",
-        data=DataConfig(
-            train_files=[str(tmp_path / "train.jsonl")],
-            eval_files=[str(tmp_path / "held_out.jsonl"), str(tmp_path / "more.jsonl")],
-            max_prompt_length=16,
-        ),
-        output_dir=str(tmp_path / "runs" / "new"),
-    )
-    config.rollout.max_new_tokens = config.eval.max_new_tokens = 64
-    return config
-
-
-def write_lines(file: Path, *rows: Any) -> None:
-    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
-    file.write_text("".join(line + "\n" for line in lines))
-
-
-def edit_json(path: str, **changes: Any) -> None:
-    file = Path(path)
-    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    return working_config(tmp_path, student_folder, teacher_folder)
 
 
 def swap_two_tokens(config: TrainConfig) -> None:
@@ -59,12 +31,6 @@ def swap_two_tokens(config: TrainConfig) -> None:
     vocab = tokenizer["model"]["vocab"]
     vocab["5"], vocab["6"] = vocab["6"], vocab["5"]
     file.write_text(json.dumps(tokenizer))
-
-
-def refused(config: TrainConfig, kind: type[Exception], *parts: str, world_size: int = 1) -> None:
-    """Assert that the inputs are refused with a message that has these parts, in order."""
-    with pytest.raises(kind, match="(?s)" + ".*".join(map(re.escape, parts))):
-        read_inputs(config, world_size=world_size)
 
 
 def test_good_inputs_are_read_and_nothing_is_written(config: TrainConfig) -> None:
