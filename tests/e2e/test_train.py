@@ -19,12 +19,19 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 STEP_METRICS = (
     *("loss", "grad_norm", "learning_rate", "entropy", "kl/student_teacher", "num_tokens"),
     *("reward/mean", "reward/std", "reward/min", "reward/max", "reward/p05", "reward/p95"),
-    *("reward/dead_fraction", "response_length/mean", "response_length/max"),
+    *(
+        "reward/rms",
+        "grad_norm_per_reward",
+        "reward/dead_fraction",
+        "response_length/mean",
+        "response_length/max",
+    ),
     *("rollout/eos_rate", "rollout/truncation_rate", "rollout/truncated_mass", "rollout/logp_gap"),
     *("student/padding_fraction", "teacher/padding_fraction"),
     *("time/rollout_seconds", "time/teacher_seconds", "time/student_seconds"),
     *("time/step_seconds", "tokens_per_second", "memory/peak_bytes"),
 )
+DIAGNOSTICS = ("reward_by_position", "reward_histogram", "reward_map", "reward_surface")
 EVALUATION_METRICS = (
     *("eval/greedy_accuracy", "eval/greedy_accuracy_se", "eval/avg@2", "eval/avg@2_se"),
     *("eval/pass@2", "eval/pass@2_se", "eval/response_length", "eval/eos_rate"),
@@ -87,9 +94,7 @@ def test_metrics_have_a_line_a_step_with_the_names_of_the_field(tp2):
 def test_diagnostics_and_samples_are_recorded_when_they_are_due(tp2):
     diagnostics = records(tp2.folder / "diagnostics.jsonl")
     assert [record["step"] for record in diagnostics] == [2, 4, 6, 8]
-    assert all(
-        set(record) == {"step", "reward_by_position", "reward_map"} for record in diagnostics
-    )
+    assert all(set(record) == {"step", *DIAGNOSTICS} for record in diagnostics)
     samples = records(tp2.folder / "samples.jsonl")
     assert [sample["step"] for sample in samples] == [0] * 4 + [4] * 4 + [8] * 4
     for sample in samples:
