@@ -45,6 +45,14 @@ def edit_json(path: str, **changes: Any) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
+def swap_two_tokens(config: TrainConfig) -> None:
+    file = Path(config.teacher.path) / "tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    vocab = tokenizer["model"]["vocab"]
+    vocab["5"], vocab["6"] = vocab["6"], vocab["5"]
+    file.write_text(json.dumps(tokenizer))
+
+
 def refused(config: TrainConfig, kind: type[Exception], *parts: str, world_size: int = 1) -> None:
     """Assert that the inputs are refused with a message that has these parts, in order."""
     with pytest.raises(kind, match="(?s)" + ".*".join(map(re.escape, parts))):

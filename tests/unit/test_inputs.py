@@ -1,6 +1,5 @@
 """What a run reads before it starts, and every way in which that can be wrong."""
 
-import json
 import os
 import shutil
 from collections.abc import Callable
@@ -9,7 +8,7 @@ from typing import Any
 
 import pytest
 from support import qwen3_folder
-from support.run_inputs import edit_json, refused, working_config, write_lines
+from support.run_inputs import edit_json, refused, swap_two_tokens, working_config, write_lines
 
 from poweropd_megatron.config.objective import ObjectiveConfig
 from poweropd_megatron.config.schema import TrainConfig
@@ -23,14 +22,6 @@ Change = Callable[[TrainConfig], None]
 def config(tmp_path: Path, student_folder: Path, teacher_folder: Path) -> TrainConfig:
     """Return settings that work, on copies of the bundled models and two prompt files."""
     return working_config(tmp_path, student_folder, teacher_folder)
-
-
-def swap_two_tokens(config: TrainConfig) -> None:
-    file = Path(config.teacher.path) / "tokenizer.json"
-    tokenizer = json.loads(file.read_text())
-    vocab = tokenizer["model"]["vocab"]
-    vocab["5"], vocab["6"] = vocab["6"], vocab["5"]
-    file.write_text(json.dumps(tokenizer))
 
 
 def test_good_inputs_are_read_and_nothing_is_written(config: TrainConfig) -> None:
