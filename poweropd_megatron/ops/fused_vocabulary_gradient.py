@@ -28,7 +28,7 @@ from poweropd_megatron.ops.vocabulary_objectives import (
     kl_divergence,
 )
 
-BLOCK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 25}
+BLOCK_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 25}
 """Logits of each model that are worked on at a time: a CPU's stay in its cache, a GPU wants large
 blocks."""
 

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 from support.benchmark_run import quick_figures
 
 FIGURES = {
@@ -10,6 +11,7 @@ FIGURES = {
 }
 
 
+@pytest.mark.slow
 def test_a_quick_run_writes_every_figure(tmp_path: Path) -> None:
     figures = quick_figures("objectives", tmp_path)
     assert set(figures) >= FIGURES
