@@ -13,7 +13,7 @@ from poweropd_megatron.models.families import read_model_config
 from poweropd_megatron.models.model_config import ExpertsConfig, ModelConfig
 
 SETTING = "student.path"
-MISSING = object()
+MISSING = ...
 
 
 def write_config(folder: Path, **changes: Any) -> Path:
