@@ -143,7 +143,7 @@ class _Pair:
             )
             for _, pair in self._blocks()
         ]
-        sums_nK = _sum_over_ranks(torch.cat(parts), head.tp_group)
+        sums_nK = _sum_over_ranks(torch.cat(parts), objective.num_logs, head.tp_group)
         self._sums_nK = torch.where(is_ignored_n[:, None], 0.0, sums_nK)
 
     def results(self) -> Tensor:
@@ -237,9 +237,16 @@ def _logp(logits_nv: Tensor, softmax: Softmaxes, rows: slice) -> Tensor:
     return logp_nv.clamp_(min=torch.finfo(torch.float32).min)
 
 
-def _sum_over_ranks(own_nK: Tensor, tp_group: dist.ProcessGroup) -> Tensor:
-    """Return the sum of all ranks' values, added in the order of the ranks."""
-    return _gathered(own_nK, tp_group).sum(0)
+def _sum_over_ranks(own_nK: Tensor, num_logs: int, tp_group: dist.ProcessGroup) -> Tensor:
+    """Return the sum of all ranks' values, added in the order of the ranks.
+
+    The last num_logs are logarithms, before and after; that of an empty sum is the most negative
+    number, as for Distributions.
+    """
+    gathered_RnK = _gathered(own_nK, tp_group)
+    num_sums = own_nK.shape[1] - num_logs
+    logs_n = gathered_RnK[..., num_sums:].logsumexp(0).clamp_(min=torch.finfo(torch.float32).min)
+    return torch.cat([gathered_RnK[..., :num_sums].sum(0), logs_n], dim=1)
 
 
 def _gathered(own: Tensor, tp_group: dist.ProcessGroup) -> Tensor:

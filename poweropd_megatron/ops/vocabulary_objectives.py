@@ -38,8 +38,16 @@ class VocabularyObjective(Protocol):
         """Return by which model's logits they are chosen."""
         ...
 
+    @property
+    def num_logs(self) -> int:
+        """Return how many of the sums are logarithms."""
+        ...
+
     def sums(self, pair: Distributions) -> list[Tensor]:
-        """Return what this objective adds up over the columns beside KL(q || p), each [n]."""
+        """Return what this objective adds up over the columns beside KL(q || p), each [n].
+
+        The last num_logs of them are natural logarithms of sums, which would underflow.
+        """
         ...
 
     def loss(self, sums_nK: Tensor) -> Tensor:
@@ -69,6 +77,7 @@ def power_rewards(teacher_logp: Tensor, student_logp: Tensor, *, alpha: float) -
 
 class _OverAllTokens:
     top_k = None
+    num_logs = 0
     top_of: Literal["student", "teacher"] = "student"
 
 
@@ -147,23 +156,24 @@ class TopKReverseKL:
 
     top_k: int
     top_of: Literal["student", "teacher"] = "student"
+    num_logs = 2
 
     def sums(self, pair: Distributions) -> list[Tensor]:
-        """Return the KL of these columns' top tokens, and both models' tails."""
+        """Return the KL of these columns' top tokens, and both models' log-prob of the bucket."""
         gap_nv = pair.student_logp_nv - pair.teacher_logp_nv
         return _top_sums(pair, pair.student_logp_nv, gap_nv)
 
     def loss(self, sums_nK: Tensor) -> Tensor:
         """Return the KL of the bucketed distributions."""
         student_n, teacher_n = sums_nK[:, 2], sums_nK[:, 3]
-        return sums_nK[:, 1] + _tail_kl(student_n, teacher_n)
+        return sums_nK[:, 1] + student_n.exp() * (student_n - teacher_n)
 
     def gradient(self, pair: Distributions, sums_nK: Tensor) -> Tensor:
         """Return the gradient, q_v (log of the bucket's ratio - KL)."""
         assert pair.is_top_nv is not None
-        gap_n = _finite(sums_nK[:, 2].log() - sums_nK[:, 3].log())
+        gap_n1 = sums_nK[:, 2:3] - sums_nK[:, 3:4]
         gap_nv = pair.student_logp_nv - pair.teacher_logp_nv
-        gap_nv = torch.where(pair.is_top_nv, gap_nv, gap_n[:, None])
+        gap_nv = torch.where(pair.is_top_nv, gap_nv, gap_n1)
         return gap_nv.sub_(self.loss(sums_nK)[:, None]).mul_(pair.student_logp_nv.exp())
 
 
@@ -177,42 +187,32 @@ class TopKForwardKL:
 
     top_k: int
     top_of: Literal["student", "teacher"] = "teacher"
+    num_logs = 2
 
     def sums(self, pair: Distributions) -> list[Tensor]:
-        """Return the KL of these columns' top tokens, and both models' tails."""
+        """Return the KL of these columns' top tokens, and both models' log-prob of the bucket."""
         gap_nv = pair.teacher_logp_nv - pair.student_logp_nv
         return _top_sums(pair, pair.teacher_logp_nv, gap_nv)
 
     def loss(self, sums_nK: Tensor) -> Tensor:
         """Return the KL of the bucketed distributions."""
         student_n, teacher_n = sums_nK[:, 2], sums_nK[:, 3]
-        return sums_nK[:, 1] + _tail_kl(teacher_n, student_n)
+        return sums_nK[:, 1] + teacher_n.exp() * (teacher_n - student_n)
 
     def gradient(self, pair: Distributions, sums_nK: Tensor) -> Tensor:
         """Return the gradient, q_v - p_v of a top token, q_v (1 - P / Q) of another."""
         assert pair.is_top_nv is not None
-        student_nv = pair.student_logp_nv.exp()
-        excess_n = _finite(1 - sums_nK[:, 3] / sums_nK[:, 2])
-        top_nv = student_nv - pair.teacher_logp_nv.exp()
-        return torch.where(pair.is_top_nv, top_nv, student_nv.mul_(excess_n[:, None]))
+        gap_n1 = sums_nK[:, 3:4] - sums_nK[:, 2:3]
+        wanted_nv = torch.where(pair.is_top_nv, pair.teacher_logp_nv, pair.student_logp_nv + gap_n1)
+        return pair.student_logp_nv.exp().sub_(wanted_nv.exp_())
 
 
 def _top_sums(pair: Distributions, weight_logp_nv: Tensor, gap_nv: Tensor) -> list[Tensor]:
-    """Return the weighted gap over the top tokens, and the student's and teacher's tail, [n]."""
+    """Return the weighted gap over the top tokens, and the log of either model's tail, [n]."""
     assert pair.is_top_nv is not None
     tails = (
-        torch.where(pair.is_top_nv, 0.0, logp_nv.exp()).sum(1)
+        logp_nv.masked_fill(pair.is_top_nv, -torch.inf).logsumexp(1)
         for logp_nv in (pair.student_logp_nv, pair.teacher_logp_nv)
     )
     gains_nv = gap_nv.mul_(weight_logp_nv.exp())
     return [torch.where(pair.is_top_nv, gains_nv, 0.0).sum(1), *tails]
-
-
-def _tail_kl(a_n: Tensor, b_n: Tensor) -> Tensor:
-    """Return a log(a / b), 0 where a is 0."""
-    return torch.where(a_n == 0, 0.0, a_n * (a_n.log() - b_n.log()))
-
-
-def _finite(value_n: Tensor) -> Tensor:
-    """Return the values, without the NaN of empty tails, which are multiplied with 0."""
-    return torch.where(value_n.isnan(), 0.0, value_n)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support.vocabulary_cases import LOSSES, OBJECTIVES
+from support.vocabulary_cases import LOSSES, OBJECTIVES, TOP_K
 from torch import Tensor
 
 from poweropd_megatron.objectives.rewards import Reward
@@ -69,6 +69,8 @@ def one_hot(floor: float) -> Tensor:
 
 
 SOME, OTHERS = random_logits()
+LIKELY_V = torch.arange(V) < TOP_K
+LIFTED, SUNK = SOME + torch.where(LIKELY_V, 8.0, 0.0), OTHERS + torch.where(LIKELY_V, 0.0, -150.0)
 EXTREMES = {
     "offset of 1000": (SOME + 1000, OTHERS - 1000),
     "all tied": (torch.zeros(2, V), OTHERS[:2]),
@@ -78,6 +80,9 @@ EXTREMES = {
     "one-hot student": (one_hot(-60.0).expand(4, V), OTHERS),
     "one-hot both": (one_hot(-60.0)[None], one_hot(-60.0).roll(1)[None]),
     "student excludes tokens": (torch.cat([torch.full((4, 6), -1e30), SOME[:, 6:]], 1), OTHERS),
+    "teacher's tail underflows": (LIFTED, SUNK),
+    "student's tail underflows": (SUNK, LIFTED),
+    "both tails underflow": (SUNK, SUNK.flip(0)),
     "equal": (SOME, SOME),
 }
 """Logits of student and teacher."""
