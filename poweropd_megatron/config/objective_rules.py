@@ -1,6 +1,7 @@
 """What the settings of the objective must be together."""
 
 import dataclasses
+import math
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -71,6 +72,21 @@ def of_objective(values: Mapping[str, Any]) -> dict[str, Any]:
         for name, value in values.items()
         if name.startswith(_PREFIX)
     }
+
+
+def check_window(config: TrainConfig) -> None:
+    """Return if a response can be long enough for the window to leave some of its tokens.
+
+    Raises: ConfigError that names the settings and the largest value that would work.
+    """
+    objective, longest = config.objective, config.rollout.max_new_tokens
+    end = math.ceil(objective.window_first_percent * longest / 100)
+    if objective.window_after_tokens >= end:
+        raise ConfigError(
+            f"objective.window_after_tokens = {objective.window_after_tokens} leaves no token in "
+            f"the loss: with window_first_percent = {objective.window_first_percent:g} at most the "
+            f"first {end} of rollout.max_new_tokens = {longest} count; use at most {end - 1}"
+        )
 
 
 def check_mini_batch(config: TrainConfig) -> None:

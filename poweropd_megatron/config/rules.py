@@ -11,6 +11,7 @@ from poweropd_megatron.config.objective import unused_settings
 from poweropd_megatron.config.objective_rules import (
     check_mini_batch,
     check_objective,
+    check_window,
     of_objective,
 )
 from poweropd_megatron.config.parallel import check_logits, check_parallel
@@ -62,6 +63,7 @@ def check(config: TrainConfig, world_size: int | None = None) -> None:
     """
     check_ranges(config)
     check_objective(config.objective)
+    check_window(config)
     check_mini_batch(config)
     _check_logits(config)
     _check_schedule(config.optimizer, config.train_steps)

@@ -128,6 +128,19 @@ def test_printed_settings_of_each_kind_are_read_as_the_same(tmp_path: Path, kind
     assert parse_train_config(["--config", str(path)]) == config
 
 
+def test_a_window_that_no_response_reaches_is_refused() -> None:
+    of_ten = {"rollout__max_new_tokens": 10, "objective__window_first_percent": 25.0}
+    message = message_of(config_with(**of_ten, objective__window_after_tokens=3))
+    assert message == (
+        "objective.window_after_tokens = 3 leaves no token in the loss: with window_first_percent "
+        "= 25 at most the first 3 of rollout.max_new_tokens = 10 count; use at most 2"
+    )
+    check(config_with(**of_ten, objective__window_after_tokens=2))
+    assert "use at most 9" in message_of(
+        config_with(rollout__max_new_tokens=10, objective__window_after_tokens=10)
+    )
+
+
 def test_a_mini_batch_divides_the_batch_and_fits_the_ranks() -> None:
     message = message_of(config_with(mini_batch_size=5))
     assert message == (
