@@ -57,7 +57,7 @@ def read_inputs(config: TrainConfig, *, world_size: int) -> RunInputs:
     teacher_tokenizer = Tokenizer.from_folder(config.teacher.path, setting="teacher.path")
     check_same_vocabulary(tokenizer, teacher_tokenizer)
     _check_vocabulary_sizes(student, teacher, tokenizer)
-    _check_same_vocabulary_size(config, student, teacher)
+    _check_compared_vocabulary(config, student, teacher)
     train_prompts = load_prompts(
         config.data.train_files,
         tokenizer,
@@ -91,7 +91,7 @@ def _check_vocabulary_sizes(
     check_tokens(student, tokenizer)
 
 
-def _check_same_vocabulary_size(
+def _check_compared_vocabulary(
     config: TrainConfig, student: ModelConfig, teacher: ModelConfig
 ) -> None:
     kind = config.objective.kind
@@ -100,6 +100,11 @@ def _check_same_vocabulary_size(
             f"objective.kind = {kind!r} compares the models token by token, but student.path has "
             f"vocab_size {student.vocab_size} and teacher.path {teacher.vocab_size}: choose models "
             "with one vocabulary, or a kind that rewards drawn tokens, such as 'power'"
+        )
+    if "top_k" in KINDS[kind].settings and config.objective.top_k > student.vocab_size:
+        raise ConfigError(
+            f"objective.top_k = {config.objective.top_k} is more than the {student.vocab_size} "
+            f"tokens of student.path: use less, or objective.kind = {kind.removeprefix('topk_')!r}"
         )
 
 

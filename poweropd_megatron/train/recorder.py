@@ -12,6 +12,7 @@ from typing import Any
 
 from poweropd_megatron import interruption
 from poweropd_megatron.checkpoint.store import CheckpointStore
+from poweropd_megatron.config.objective import KINDS
 from poweropd_megatron.config.schema import TrainConfig
 from poweropd_megatron.evaluation.evaluator import Evaluation
 from poweropd_megatron.interruption import Interrupted
@@ -106,11 +107,12 @@ class Recorder:
             f"{objective_label(asdict(config.objective))}, {config.objective.head} LM head"
         )
         rollout, weighed = config.rollout, config.objective.importance_ratio != "none"
+        can_weigh = KINDS[config.objective.kind].family == "sampled" and not weighed
         if config.mini_batch_size not in (None, config.global_batch_size) and not weighed:
             self.warning(
                 f"all but the first of the mini-batches of {config.mini_batch_size} responses are "
-                "of weights that have been updated since; objective.importance_ratio = 'token' "
-                "weighs them"
+                "of weights that have been updated since"
+                + ("; objective.importance_ratio = 'token' weighs them" if can_weigh else "")
             )
         if rollout.temperature != 1 or rollout.top_p < 1 or rollout.top_k:
             self.warning(
@@ -118,7 +120,7 @@ class Recorder:
                 f"top_p {rollout.top_p:g}, top_k {rollout.top_k}, but scored with the whole "
                 "softmax at temperature 1; rollout/truncated_mass and rollout/logp_gap say how "
                 "far apart that is"
-                + ("" if weighed else ", objective.importance_ratio weighs them")
+                + (", objective.importance_ratio weighs them" if can_weigh else "")
             )
 
     def info(self, text: str) -> None:

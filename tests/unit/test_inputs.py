@@ -224,6 +224,14 @@ def test_objectives_over_the_vocabulary_need_one_of_a_size(config: TrainConfig) 
     refused(config, ConfigError, "objective.kind = 'reverse_kl'", "vocab_size 24", "path 26")
 
 
+@pytest.mark.parametrize("kind", ["reverse_kl", "forward_kl"])
+def test_no_more_tokens_are_told_apart_than_there_are(config: TrainConfig, kind: str) -> None:
+    config.objective = ObjectiveConfig(kind=f"topk_{kind}", top_k=25)
+    refused(config, ConfigError, "objective.top_k = 25 is more than the 24 tokens", f"'{kind}'")
+    config.objective.top_k = 24
+    read_inputs(config, world_size=1)
+
+
 def test_a_model_without_rows_for_all_tokens_is_refused(config: TrainConfig) -> None:
     for model in (config.student, config.teacher):
         edit_json(f"{model.path}/config.json", vocab_size=16)

@@ -38,3 +38,12 @@ def test_stale_or_foreign_responses_are_told_of_with_what_weighs_them(tmp_path, 
     weighed = warnings_of(tmp_path, **foreign, objective__importance_ratio=level)
     assert "drawn at temperature 0.7" in weighed
     assert weighs not in weighed
+
+
+def test_ratios_are_not_advised_where_the_objective_refuses_them(tmp_path):
+    said = warnings_of(
+        tmp_path, objective__kind="reverse_kl", mini_batch_size=4, rollout__temperature=0.7
+    )
+    assert "all but the first of the mini-batches of 4 responses" in said
+    assert "drawn at temperature 0.7" in said
+    assert "importance_ratio" not in said
