@@ -3,8 +3,8 @@
     python docs/fill_results.py runs/chain_sum_compare
 
 What is between <!-- NAME --> and <!-- end of NAME --> is replaced. What is asked of the outcome,
-and what counts as an answer, stands in CLAIMS and was settled before the run, but for the claim that
-says otherwise.
+and what counts as an answer, stands in CLAIMS and was settled before the run, but for the claim
+that says otherwise.
 """
 
 import argparse
@@ -139,7 +139,7 @@ def claims_table(methods: Methods) -> str:
         try:
             measured, shows = claim.look(methods)
         except KeyError as error:
-            lines.append(f"| {claim.text} | {claim.criterion} | {error.args[0]} has no runs | - |")
+            lines.append(f"| {claim.text} | {claim.criterion} | {error.args[0]} has too few runs | - |")
         else:
             answer = "yes" if shows else "no"
             lines.append(f"| {claim.text} | {claim.criterion} | {measured} | **{answer}** |")
@@ -195,7 +195,7 @@ def _all_better(
 
 def _mean(methods: Methods, method: str, name: str) -> float:
     spread = methods[method]["statistics"].get(name)
-    if spread is None or spread["mean"] is None:
+    if spread is None or spread["standard_error"] is None:
         raise KeyError(method)
     return float(spread["mean"])
 
