@@ -139,7 +139,9 @@ def claims_table(methods: Methods) -> str:
         try:
             measured, shows = claim.look(methods)
         except KeyError as error:
-            lines.append(f"| {claim.text} | {claim.criterion} | {error.args[0]} has too few runs | - |")
+            lines.append(
+                f"| {claim.text} | {claim.criterion} | {error.args[0]} has too few runs | - |"
+            )
         else:
             answer = "yes" if shows else "no"
             lines.append(f"| {claim.text} | {claim.criterion} | {measured} | **{answer}** |")
