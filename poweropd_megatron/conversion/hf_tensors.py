@@ -54,6 +54,11 @@ def read_tensors(folder: Path, *, setting: str) -> dict[str, HFTensor]:
                 raise InputError(
                     f"{setting}: {path} has a tensor {name}, which {INDEX_NAME} doesn't name"
                 )
+            if file_of[name] != path:
+                raise InputError(
+                    f"{setting}: {path} has a tensor {name}, which {INDEX_NAME} places in "
+                    f"{file_of[name].name}"
+                )
             if entry["dtype"] not in DTYPES:
                 raise InputError(
                     f"{setting}: {path}: {name} is {entry['dtype']}; expected one of "

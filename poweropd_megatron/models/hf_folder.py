@@ -34,7 +34,8 @@ class HFFolder:
         """Read which file holds which tensor.
 
         Raises: InputError if the folder or a file is missing, truncated or not in safetensors
-        format, or lacks a tensor that the index places in it.
+        format, or lacks a tensor that the index places in it; or if, without an index, two files
+        hold the same tensor.
         """
         self.path = Path(path)
         self.setting = setting
@@ -87,10 +88,17 @@ class HFFolder:
                 self._check_file_holds(self.path / file_name, names)
             yield from weight_map.items()
             return
+        file_of: dict[str, str] = {}
         for file_path in sorted(self.path.glob("*.safetensors")):
             with self._open(file_path) as file:
                 for name in file.keys():  # noqa: SIM118 (not a mapping)
-                    yield name, file_path.name
+                    if name in file_of:
+                        raise InputError(
+                            f"{self.setting}: {name} is in {self.path / file_of[name]} and in "
+                            f"{file_path}: remove the one that doesn't belong there"
+                        )
+                    file_of[name] = file_path.name
+        yield from file_of.items()
 
     def _check_file_holds(self, path: Path, names: list[str]) -> None:
         if not path.is_file():

@@ -22,6 +22,7 @@ from poweropd_megatron.errors import InputError
 FIRST, SECOND = (f"model-0000{number}-of-00002.safetensors" for number in (1, 2))
 Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
 NORM = "model.layers.0.input_layernorm.weight"
+EMBEDDING = "model.embed_tokens.weight"
 
 
 def add(folder: Path, name: str, tensor: torch.Tensor) -> None:
@@ -61,6 +62,10 @@ BAD_FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "tensor that the index doesn't name": (
         lambda f: edit(f, FIRST, lambda t: t.update(extra=torch.zeros(2))),
         f"{FIRST} has a tensor extra, which model.safetensors.index.json doesn't name",
+    ),
+    "tensor in two files of the index": (
+        lambda f: edit(f, SECOND, lambda t: t.update({EMBEDDING: torch.zeros(53, 48)})),
+        f"{SECOND} has a tensor {EMBEDDING}, which model.safetensors.index.json places in {FIRST}",
     ),
     "unknown tensor": (
         lambda f: add(f, "model.layers.0.self_attn.q_proj.bias", torch.zeros(64)),

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from support import qwen3_folder
 
 from poweropd_megatron.errors import InputError
@@ -36,6 +37,14 @@ def test_files_without_an_index_are_all_read(tmp_path: Path) -> None:
     folder = HFFolder(tmp_path, setting=SETTING)
     assert folder.names() == tensors.keys()
     assert all(torch.equal(folder.read(name), tensor) for name, tensor in tensors.items())
+
+
+def test_a_tensor_in_two_files_without_an_index_is_refused(tmp_path: Path) -> None:
+    tensors = qwen3_folder.write(tmp_path, num_files=2)
+    (tmp_path / INDEX_NAME).unlink()
+    save_file({Q_PROJ: tensors[Q_PROJ]}, tmp_path / "old.safetensors")
+    with pytest.raises(InputError, match=rf"^{SETTING}: {Q_PROJ} is in .* and in .*/old\."):
+        HFFolder(tmp_path, setting=SETTING)
 
 
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:
