@@ -103,6 +103,22 @@ def test_the_bundled_models_are_read(student_folder: Path, teacher_folder: Path)
         ({"model_type": "gpt2"}, "has model_type 'gpt2'; supported are 'llama', 'qwen3'"),
         ({"model_type": "qwen2_moe"}, "has model_type 'qwen2_moe'"),
         ({"model_type": MISSING}, "has model_type None"),
+        ({"model_type": ["qwen3"]}, r"has model_type \['qwen3'\]"),
+        (
+            {"tie_word_embeddings": "false"},
+            "tie_word_embeddings is 'false', expected true or false",
+        ),
+        (MOE | {"norm_topk_prob": 1}, "norm_topk_prob is 1, expected true or false"),
+        ({"dtype": "bfloat16"}, "torch_dtype is 'float32', but dtype 'bfloat16': remove one"),
+        (MOE | {"num_local_experts": 8}, "num_experts is 4, but num_local_experts 8: remove one"),
+        (
+            {"rope_parameters": {"rope_theta": 1e6}},
+            "rope_theta is 5000.0, but elsewhere 1000000.0: remove one",
+        ),
+        (
+            {"rope_scaling": {"type": "default"}, "rope_parameters": {"rope_type": "yarn"}},
+            "rope_type = 'yarn' is not supported",
+        ),
         ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_type = 'yarn' is not supported"),
         (
             {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},

@@ -36,7 +36,7 @@ def read_model_config(folder: str | Path, *, setting: str) -> ModelConfig:
     """
     file = ConfigFile(folder, setting=setting)
     model_type = file.get("model_type")
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise file.error(
             f"has model_type {model_type!r}; supported are "
             + ", ".join(map(repr, sorted(FAMILIES)))

@@ -38,26 +38,40 @@ class ConfigFile:
         return self._checked_number(name, self.get(name))
 
     def flag(self, name: str) -> bool:
-        """Return a field that is true or false; false if it is absent."""
-        return bool(self.get(name))
+        """Return a field that is true or false; false if it is absent. Raises: InputError."""
+        found = self._value(name, False)
+        if not isinstance(found, bool):
+            raise self.error(f"{name} is {found!r}, expected true or false")
+        return found
+
+    def refuse_two_values(self, name: str, other: str) -> None:
+        """Raise InputError if both spellings of a field are there, with different values."""
+        values = self.get(name), self.get(other)
+        if None not in values and values[0] != values[1]:
+            raise self.error(f"{name} is {values[0]!r}, but {other} {values[1]!r}: remove one")
 
     def rotary_base(self, *, default: float | None = None) -> float:
         """Return rope_theta, from where either spelling has it.
 
-        Raises: InputError if it has none and the family no default, or if the embedding is scaled.
+        Raises: InputError if it has none and the family no default, or several, or if the embedding
+        is scaled.
         """
+        places = [self._raw]
         for name in ("rope_scaling", "rope_parameters"):
-            if not isinstance(self.get(name), dict | None):
-                raise self.error(f"{name} is {self.get(name)!r}, expected an object")
-        rope = self.get("rope_scaling") or self.get("rope_parameters") or {}
-        self._refuse_unless("rope_type", rope.get("rope_type", rope.get("type")), "default")
-        for place in (rope, self._raw):
+            rope = self._value(name, {})
+            if not isinstance(rope, dict):
+                raise self.error(f"{name} is {rope!r}, expected an object")
+            self._refuse_unless("rope_type", rope.get("rope_type", rope.get("type")), "default")
+            places.append(rope)
+        for place in places:
             share = place.get("partial_rotary_factor")
             self._refuse_unless("partial_rotary_factor", share, 1)
-        base = self._raw.get("rope_theta", rope.get("rope_theta", default))
-        if base is None:
+        bases = [place["rope_theta"] for place in places if place.get("rope_theta") is not None]
+        if not bases and default is None:
             raise self.error("has neither rope_theta nor rope_parameters.rope_theta")
-        return self._checked_number("rope_theta", base)
+        if any(base != bases[0] for base in bases):
+            raise self.error(f"rope_theta is {bases[0]!r}, but elsewhere {bases[1]!r}: remove one")
+        return self._checked_number("rope_theta", bases[0] if bases else default)
 
     def refuse_unless(self, name: str, accepted: Any) -> None:
         """Raise InputError if a field is there with another value than the one that is modelled."""
@@ -102,6 +116,7 @@ def read_decoder(
     """
     file.refuse_truthy("attention_bias", "use_sliding_window", "quantization_config")
     file.refuse_unless("hidden_act", "silu")
+    file.refuse_two_values("torch_dtype", "dtype")
     return ModelConfig(
         model_type=file.get("model_type"),
         num_layers=file.integer("num_hidden_layers"),

@@ -19,6 +19,7 @@ def read_config(file: ConfigFile) -> ModelConfig:
     """
     file.refuse_truthy("mlp_only_layers")
     file.refuse_unless("decoder_sparse_step", 1)
+    file.refuse_two_values("num_experts", "num_local_experts")
     dense = qwen3.read_config(file)
     is_old = file.get("num_experts") is not None or file.get("num_local_experts") is None
     experts = ExpertsConfig(
