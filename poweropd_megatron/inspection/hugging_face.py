@@ -32,7 +32,7 @@ def examine(path: Path) -> Findings:
     if findings.model is not None:
         optional = [HEAD] if findings.model.tie_word_embeddings else []
         findings.compare_shapes(hugging_face_shapes(findings.model), optional=optional)
-        _check_dtype(findings)
+        check_dtype(findings, path)
     for name in _COMPANIONS:
         if not (path / name).is_file():
             findings.notes.append(f"no {name}")
@@ -119,9 +119,9 @@ def _check_total_size(findings: Findings, index: dict[str, Any] | None) -> None:
         )
 
 
-def _check_dtype(findings: Findings) -> None:
-    """Add a problem if config.json names a type that no tensor has: transformers would cast."""
-    file = ConfigFile(findings.path, setting=SETTING)
+def check_dtype(findings: Findings, folder: Path) -> None:
+    """Add a problem if a config.json names a type that no tensor has: transformers would cast."""
+    file = ConfigFile(folder, setting=SETTING)
     stated = file.get("dtype") or file.get("torch_dtype")
     if stated is None:
         findings.notes.append("config.json states no dtype")

@@ -8,6 +8,7 @@ from poweropd_megatron.checkpoint.store import MANIFEST_NAME, read_manifest
 from poweropd_megatron.conversion.dist_source import OPTIMIZER, DistSource, weights_folder
 from poweropd_megatron.errors import CheckpointError, InputError
 from poweropd_megatron.inspection.findings import SETTING, Facts, Findings
+from poweropd_megatron.inspection.hugging_face import check_dtype
 from poweropd_megatron.models.families import read_model_config, stored_tensors
 from poweropd_megatron.models.model_config import ExpertsConfig, ModelConfig
 from poweropd_megatron.models.torch_dist_folder import TorchDistFolder
@@ -32,6 +33,9 @@ def examine(path: Path, *, reference: Path | None) -> Findings:
         return findings
     common = _common_state(findings, folder)
     findings.files = folder.files()
+    for file in sorted(findings.weights_path.glob("*.distcp")):
+        if file.name not in findings.files:
+            findings.problems.append(f"{file} is a stray: .metadata has nothing in it")
     shapes = folder.shapes()
     of_optimizer = {key for key in shapes if OPTIMIZER.match(key)}
     if of_optimizer or "run" in common:
@@ -50,6 +54,9 @@ def examine(path: Path, *, reference: Path | None) -> Findings:
     findings.model = _model_of(findings, common, reference)
     if findings.model is None:
         return findings
+    converted = findings.weights_path.parent
+    if findings.weights_path.name == WEIGHTS_NAME and (converted / "config.json").is_file():
+        check_dtype(findings, converted)
     if any(OF_EACH_LAYER.match(key) for key in shapes):
         findings.notes.append("each layer is stored by itself: to-hf reads that, training doesn't")
         try:

@@ -53,15 +53,16 @@ class TorchDistFolder:
         try:
             self._metadata: Metadata = self._reader.read_metadata()
             self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
+            problem = incompleteness(self.path, self._metadata)
         except FileNotFoundError:
             raise InputError(
                 f"{setting}: {self.path / METADATA_NAME} is missing; expected a torch_dist folder"
             ) from None
-        except (OSError, pickle.UnpicklingError, EOFError, AttributeError, ImportError) as error:
+        except Exception as error:  # a damaged pickle raises whatever its bytes happen to call
+            reason = f"{type(error).__name__}: {error}"
             raise InputError(
-                f"{setting}: {self.path / METADATA_NAME} can't be read: {error}"
+                f"{setting}: {self.path / METADATA_NAME} can't be read: {reason}"
             ) from None
-        problem = incompleteness(self.path, self._metadata)
         if problem is not None:
             raise InputError(f"{setting}: {problem}")
 
@@ -166,7 +167,14 @@ class TorchDistFolder:
 
 
 def incompleteness(folder: Path, metadata: Metadata) -> str | None:
-    """Return which file of a torch_dist folder is missing or cut off; None if none is."""
+    """Return which file of a torch_dist folder is missing or cut off; None if none is.
+
+    Nor may a piece of a tensor be somewhere that the metadata doesn't say.
+    """
+    for key, stored in metadata.state_dict_metadata.items():
+        for chunk in getattr(stored, "chunks", ()):
+            if MetadataIndex(key, chunk.offsets) not in metadata.storage_data:
+                return f"{folder / METADATA_NAME} doesn't say where {key}{list(chunk.offsets)} is"
     sizes: dict[str, int] = {}
     for index, stored in (metadata.storage_data or {}).items():
         file = folder / stored.relative_path

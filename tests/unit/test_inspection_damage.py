@@ -1,6 +1,7 @@
 """What is wrong with a damaged folder is named, by `inspect` as by `verify`."""
 
 import json
+import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -120,6 +121,13 @@ def cut(file: Path) -> None:
     file.write_bytes(file.read_bytes()[:-100])
 
 
+def forget_a_place(folder: Path) -> None:
+    metadata = pickle.loads((weights(folder) / ".metadata").read_bytes())
+    metadata.storage_data.popitem()
+    metadata.storage_data.pop(next(iter(metadata.storage_data)))
+    (weights(folder) / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
 STORED_DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no metadata": (lambda folder: (weights(folder) / ".metadata").unlink(), "is missing"),
     "broken metadata": (
@@ -135,6 +143,19 @@ STORED_DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda folder: change_json(folder / "config.json", num_hidden_layers=3),
         "has the shape (2, 48), but the model's is (3, 48)",
     ),
+    "stray file": (
+        lambda folder: (weights(folder) / "__9_9.distcp").write_bytes(b"x"),
+        "__9_9.distcp is a stray: .metadata has nothing in it",
+    ),
+    "other type": (
+        lambda folder: change_json(folder / "config.json", torch_dtype="bfloat16"),
+        "config.json states bfloat16, the tensors are float32",
+    ),
+    "metadata that calls nothing": (
+        lambda folder: (weights(folder) / ".metadata").write_bytes(b"\x80\x04\x8c\x02\xda\xda."),
+        ".metadata can't be read: UnicodeDecodeError",
+    ),
+    "piece at no place": (forget_a_place, ".metadata doesn't say where"),
     "tied": (
         lambda folder: change_json(folder / "config.json", tie_word_embeddings=True),
         "unexpected: output_layer.weight",
