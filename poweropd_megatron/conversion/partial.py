@@ -31,7 +31,8 @@ class PartialFolder:
     def begin(self, plan: dict[str, Any]) -> set[int]:
         """Return the parts that an interrupted conversion with the same plan has done.
 
-        What another plan has left there is removed.
+        What another plan has left there is removed, and a part is to be done again if its file is
+        gone, or has another size. Raises: OSError.
         """
         text = json.dumps(plan, sort_keys=True)
         plan_path = self._journal / "plan.json"
@@ -40,15 +41,20 @@ class PartialFolder:
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
             self._journal.mkdir()
             _write(plan_path, text)
-        return {int(record.stem) for record in self._records()}
+        return {int(record.stem) for record in self._records() if self._is_there(record)}
 
     def has_parts(self) -> bool:
         """Return whether there is work in it to go on with."""
         return any(self._records())
 
-    def record(self, part: int, facts: dict[str, Any]) -> None:
-        """Note that a part is done and on the disk, and what is to be known of it."""
-        _write(self._journal / f"{part}.json", json.dumps(facts))
+    def record(self, part: int, file: Path, facts: dict[str, Any]) -> None:
+        """Bring a part's file to the disk, and note that it is done and what is to be known of it.
+
+        Raises: OSError.
+        """
+        fsync(file)
+        place = {"file": str(file.relative_to(self.path)), "bytes": file.stat().st_size}
+        _write(self._journal / f"{part}.json", json.dumps(facts | place))
 
     def facts(self, part: int) -> dict[str, Any]:
         """Return what was noted of a part."""
@@ -57,6 +63,11 @@ class PartialFolder:
 
     def _records(self) -> Iterator[Path]:
         return self._journal.glob("[0-9]*.json")
+
+    def _is_there(self, record: Path) -> bool:
+        facts: dict[str, Any] = json.loads(record.read_bytes())
+        file = self.path / facts["file"]
+        return file.is_file() and file.stat().st_size == int(facts["bytes"])
 
     def publish(self) -> None:
         """Remove the journal and make the folder visible. Raises: OSError."""

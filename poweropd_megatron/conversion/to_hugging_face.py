@@ -63,21 +63,23 @@ def to_hugging_face(
     jobs = list(_jobs(files, max_bytes=_job_bytes(tensors)))
     with partial.claimed(output, _OUTPUT) as folder:
         conversion = _Conversion(folder.path, files, jobs, os.getpid())
+        weights = weights_folder(source, setting=_INPUT)
         plan = {
             "to": "hugging_face",
-            "input": partial.fingerprint(weights_folder(source, setting=_INPUT)),
+            "input": [str(weights.resolve()), partial.fingerprint(weights)],
+            "reference": partial.fingerprint(others),
+            "dtype": str(dtype),
             "files": [[file.name, file.num_bytes, list(file.offsets)] for file in files],
             "jobs": len(jobs),
         }
 
         def keep(part: int, facts: dict[str, Any]) -> None:
-            partial.fsync(folder.path / jobs[part].file.name)
-            folder.record(part, facts)
+            folder.record(part, folder.path / jobs[part].file.name, facts)
 
-        done = folder.begin(plan)
-        missing = {part: job.num_bytes for part, job in enumerate(jobs) if part not in done}
-        partial.check_space(folder.path, sum(missing.values()), _OUTPUT)
         try:
+            done = folder.begin(plan)
+            missing = {part: job.num_bytes for part, job in enumerate(jobs) if part not in done}
+            partial.check_space(folder.path, sum(missing.values()), _OUTPUT)
             for file in files:
                 file.create(folder.path)
             workers.run_parts(

@@ -59,19 +59,18 @@ def to_megatron(
         conversion = _Conversion(folder.path / WEIGHTS_NAME, tensors, files, os.getpid())
         plan = {
             "to": "megatron",
-            "input": partial.fingerprint(source),
+            "input": [str(source.resolve()), partial.fingerprint(source)],
             "dtype": str(dtype),
             "files": [[file.name, len(file.items), file.num_bytes] for file in files],
         }
 
         def keep(part: int, facts: dict[str, Any]) -> None:
-            partial.fsync(conversion.folder / files[part].name)
-            folder.record(part, facts)
+            folder.record(part, conversion.folder / files[part].name, facts)
 
-        done = folder.begin(plan)
-        missing = {part: file.num_bytes for part, file in enumerate(files) if part not in done}
-        partial.check_space(folder.path, sum(missing.values()), _OUTPUT)
         try:
+            done = folder.begin(plan)
+            missing = {part: file.num_bytes for part, file in enumerate(files) if part not in done}
+            partial.check_space(folder.path, sum(missing.values()), _OUTPUT)
             conversion.folder.mkdir(exist_ok=True)
             workers.run_parts(
                 missing, conversion.write, keep, num_workers=num_workers, verb="import"

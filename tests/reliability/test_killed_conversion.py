@@ -1,10 +1,14 @@
 """A conversion that dies or finds the disk full: nothing looks complete, and the rerun ends it."""
 
+import errno
+import json
 import multiprocessing
 import os
 import resource
+import shutil
 import signal
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -15,7 +19,7 @@ from safetensors.torch import load_file
 from support import qwen3_folder
 
 from poweropd_megatron.checkpoint.store import verify
-from poweropd_megatron.conversion import dist_items, to_hugging_face, to_megatron
+from poweropd_megatron.conversion import dist_items, to_hugging_face, to_megatron, workers
 from poweropd_megatron.conversion.partial import PartialFolder
 from poweropd_megatron.errors import InputError
 
@@ -55,8 +59,8 @@ def convert_and_die(way: str, source: Path, output: Path, num_workers: int) -> N
     record = PartialFolder.record
     numbers = []
 
-    def record_and_die(self: PartialFolder, part: int, facts: dict[str, Any]) -> None:
-        record(self, part, facts)
+    def record_and_die(self: PartialFolder, part: int, file: Path, facts: dict[str, Any]) -> None:
+        record(self, part, file, facts)
         numbers.append(part)
         if len(numbers) == NUM_DONE:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -88,6 +92,44 @@ def test_a_killed_conversion_is_gone_on_with(way, num_workers, folders, tmp_path
     assert {path.name for path in tmp_path.iterdir()} == {"out", "straight"}
     if way == "megatron":
         verify(out / "weights")
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_file_that_was_removed_after_the_kill_is_written_again(way, folders, tmp_path):
+    """As someone does who needs the room; its part is recorded as done."""
+    out, straight = tmp_path / "out", tmp_path / "straight"
+    WAYS[way](folders[way], straight)
+    run_apart(lambda: convert_and_die(way, folders[way], out, 1))
+    done = json.loads((tmp_path / ".out.partial/.journal/0.json").read_text())
+    (tmp_path / ".out.partial" / done["file"]).unlink()
+    WAYS[way](folders[way], out)
+    assert files_of(out) == files_of(straight)
+
+
+def test_what_was_done_with_another_reference_is_not_used(folders, tmp_path):
+    """Its config.json says what becomes of the rows."""
+    reference, out = tmp_path / "reference", tmp_path / "out"
+    shutil.copytree(folders["megatron"], reference)
+    convert = partial(WAYS["hugging_face"], reference=reference)
+    with mock.patch.dict(WAYS, {"hugging_face": convert}):
+        run_apart(lambda: convert_and_die("hugging_face", folders["hugging_face"], out, 1))
+    numbers = []
+    begin = PartialFolder.begin
+
+    def note(self: PartialFolder, plan: dict[str, Any]) -> set[int]:
+        numbers.append(len(begin(self, plan)))
+        return begin(self, plan)
+
+    for change, expected in (("", NUM_DONE), ("\n", 0)):
+        with (reference / "config.json").open("a") as file:
+            file.write(change)
+        with (
+            mock.patch.object(PartialFolder, "begin", note),
+            mock.patch.object(workers, "run_parts", side_effect=KeyboardInterrupt),
+            pytest.raises(KeyboardInterrupt),
+        ):
+            convert(folders["hugging_face"], out)
+        assert numbers[-1] == expected
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -130,6 +172,17 @@ def test_a_full_disk_leaves_nothing_that_looks_complete(way, num_workers, folder
     assert not out.exists()
     WAYS[way](folders[way], out)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_disk_that_takes_not_even_the_plan_is_told(way, folders, tmp_path, monkeypatch):
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("poweropd_megatron.conversion.partial._write", refuse)
+    with pytest.raises(InputError, match=r"--output: .* can't be written: .*No space left"):
+        WAYS[way](folders[way], tmp_path / "out")
+    assert not list(tmp_path.iterdir())
 
 
 def test_two_conversions_to_one_folder_are_refused(folders, tmp_path, monkeypatch):
