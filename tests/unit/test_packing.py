@@ -54,6 +54,16 @@ def test_the_budget_is_kept_but_for_a_single_longer_sequence(
             assert ordered == sorted(ordered, reverse=True)
 
 
+def test_a_budget_that_the_micro_batches_just_hold_is_not_exceeded_by_a_token() -> None:
+    """Lengths drawn at random hardly ever come to a token more than the budget."""
+    draw = random.Random(0)
+    for _ in range(300):
+        lengths = [draw.randint(1, 40) for _ in range(draw.randint(3, 30))]
+        max_tokens = max(*lengths, -(-sum(lengths) // draw.randint(1, 6)))
+        [packs] = plan_packs(lengths, max_tokens=max_tokens, num_ranks=1)
+        assert max(tokens(pack, lengths) for pack in packs) <= max_tokens
+
+
 @given(
     lengths=LENGTHS.filter(bool), max_tokens=BUDGETS, num_ranks=RANKS, num_packs_multiple=MULTIPLES
 )
