@@ -66,7 +66,7 @@ class PartialFolder:
 
     def _is_there(self, record: Path) -> bool:
         facts: dict[str, Any] = json.loads(record.read_bytes())
-        file = self.path / facts["file"]
+        file = self.path / str(facts["file"])
         return file.is_file() and file.stat().st_size == int(facts["bytes"])
 
     def publish(self) -> None:
