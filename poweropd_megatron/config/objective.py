@@ -1,7 +1,9 @@
 """The settings of the objective: its kinds, and which of the others each kind uses."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any, Literal
 
 ObjectiveKind = Literal[
@@ -114,6 +116,14 @@ class ObjectiveConfig:
 
 DECIDING = ("kind", "importance_ratio")
 """The settings in [objective] that decide which others are used."""
+
+
+def window_end(num_tokens: int, first_percent: float) -> int:
+    """Return how many of a response's tokens window_first_percent leaves, rounded up.
+
+    The percentage is taken as it was written: 4.4 % of 750 are 33, not the 34 of binary fractions.
+    """
+    return math.ceil(Fraction(repr(first_percent)) * num_tokens / 100)
 
 
 def unused_settings(objective: Mapping[str, Any]) -> dict[str, str]:

@@ -1,12 +1,17 @@
 """What the settings of the objective must be together."""
 
 import dataclasses
-import math
 from collections.abc import Collection, Mapping
 from typing import Any
 
 from poweropd_megatron.config.choices import divisors, listed
-from poweropd_megatron.config.objective import DECIDING, KINDS, ObjectiveConfig, unused_settings
+from poweropd_megatron.config.objective import (
+    DECIDING,
+    KINDS,
+    ObjectiveConfig,
+    unused_settings,
+    window_end,
+)
 from poweropd_megatron.config.schema import TrainConfig
 from poweropd_megatron.errors import ConfigError
 
@@ -80,7 +85,7 @@ def check_window(config: TrainConfig) -> None:
     Raises: ConfigError that names the settings and the largest value that would work.
     """
     objective, longest = config.objective, config.rollout.max_new_tokens
-    end = math.ceil(objective.window_first_percent * longest / 100)
+    end = window_end(longest, objective.window_first_percent)
     if objective.window_after_tokens >= end:
         raise ConfigError(
             f"objective.window_after_tokens = {objective.window_after_tokens} leaves no token in "

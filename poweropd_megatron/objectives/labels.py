@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from poweropd_megatron.config.objective import window_end
 from poweropd_megatron.rollout.trajectories import Trajectories
 
 
@@ -56,7 +57,9 @@ def label(
     position_T = torch.arange(ids_BT.shape[1])
     is_terminal_BT = trajectories.terminal_mask_BT
     in_response_BT = position_T - trajectories.prompt_lengths_B[:, None]
-    end_B = (first_percent * trajectories.response_lengths_B.double() / 100).ceil()
+    end_B = torch.tensor(
+        [window_end(length, first_percent) for length in trajectories.response_lengths_B.tolist()]
+    )
     is_in_window_BT = (in_response_BT >= after_tokens) & (in_response_BT < end_B[:, None])
     mask_BT = trajectories.response_mask_BT & is_in_window_BT
     with_teacher_eos_BT = torch.where(is_terminal_BT, teacher_eos_id, ids_BT)

@@ -191,8 +191,8 @@ class _Pair:
         assert top_k is not None
         of_student = self._objective.top_of == "student"
         logits = self.student_logits if of_student else self._teacher_logits
-        own = logits[:, : self._columns].float()
-        own = own.topk(min(top_k, self._columns), sorted=False).values
+        own = logits[:, : self._columns]
+        own = own.topk(min(top_k, self._columns), sorted=False).values.float()
         own = torch.nn.functional.pad(own, (0, top_k - own.shape[1]), value=-torch.inf)
         candidates = _gathered(own, self._head.tp_group).movedim(0, 1).flatten(1)
         return candidates.topk(top_k).values[:, -1:]

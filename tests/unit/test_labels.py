@@ -96,3 +96,11 @@ def test_windows_count_from_the_start_of_each_response_and_in_parts_of_its_lengt
         assert not labels.mask_BT[row, :start].any()
         in_response = labels.mask_BT[row, start : start + 5]
         assert torch.equal(in_response, expected[row, : len(in_response)])
+
+
+@pytest.mark.parametrize(("first_percent", "kept"), [(4.4, 33), (10.8, 81), (4.41, 34)])
+def test_percentages_are_those_that_were_written(first_percent: float, kept: int) -> None:
+    """In binary fractions 4.4 % of 750 are a little more than 33."""
+    rows = make([([5], [7] * 750)], eos=EOS)
+    labels = label(rows, "raw", teacher_eos_id=TEACHER_EOS, first_percent=first_percent)
+    assert int(labels.mask_BT.sum()) == kept
