@@ -153,7 +153,7 @@ def time_rollouts(
 
 
 def _build(parallel: dict[str, object], folder: str, *others: str) -> Any:
-    """Return the recipe's run; of the layout, the teacher has the tensor and pipeline sizes alone."""
+    """Return the recipe's run; the teacher has only the layout's tensor and pipeline sizes."""
     from poweropd_megatron.config.load import parse_train_config
     from poweropd_megatron.train.build import build_run
     from poweropd_megatron.train.inputs import read_inputs
