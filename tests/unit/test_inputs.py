@@ -173,10 +173,6 @@ def limit_positions(model: str, limit: int) -> Change:
     return change
 
 
-def long_evaluation(config: TrainConfig) -> None:
-    config.eval.max_new_tokens = 507
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -191,7 +187,7 @@ def long_evaluation(config: TrainConfig) -> None:
             "max_position_embeddings (71): use at most 63",
         ),
         (
-            long_evaluation,
+            lambda config: setattr(config.eval, "max_new_tokens", 507),
             "eval.max_new_tokens = 507 after a prompt of 6 tokens exceeds the student's "
             "max_position_embeddings (512): use at most 506",
         ),
