@@ -94,7 +94,7 @@ def hand_over_on_ranks(
     micro_batches = cut_batch(
         trajectories, mask_BT, batching, dp_rank=student.dp_rank, cp_rank=student.cp_rank
     )
-    middle = handed.part(slice(1, 4))
+    middle = handed[1:4]
     assert torch.equal(middle.hidden_NG[:, 0].long() - width, middle.place_N)
     return [(batch.target_RS[batch.mask_RS], handed.of(batch)) for batch in micro_batches]
 

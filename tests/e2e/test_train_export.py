@@ -169,7 +169,7 @@ def test_a_run_from_converted_folders_exports_what_one_from_the_first_folders_do
         to_megatron(STUDENT.parent / model, tmp_path / model)
         paths.append(f"--{model}.path={tmp_path / model}")
     train(settings(tmp_path / "run", *paths, tp=2), world_size=2).expect(0)
-    first, converted = exports["TP 2"] / "export", tmp_path / "run" / "export"
+    first, converted = exports["TP 2"], tmp_path / "run" / "export"
     assert {f.name: f.read_bytes() for f in converted.iterdir()} == {
         f.name: f.read_bytes() for f in first.iterdir()
     }

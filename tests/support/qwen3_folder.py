@@ -67,11 +67,13 @@ def random_tensors(config: dict[str, Any], *, seed: int) -> dict[str, Tensor]:
             prefix + "self_attn.q_proj.weight": matrix(queries, hidden),
             prefix + "self_attn.k_proj.weight": matrix(keys, hidden),
             prefix + "self_attn.v_proj.weight": matrix(keys, hidden),
-            prefix + "self_attn.o_proj.weight": matrix(hidden, queries),
-            prefix + "post_attention_layernorm.weight": norm(hidden),
         }
         if config["model_type"] != "llama":
             tensors |= {f"{prefix}self_attn.{name}_norm.weight": norm(width) for name in "qk"}
+        tensors |= {
+            prefix + "self_attn.o_proj.weight": matrix(hidden, queries),
+            prefix + "post_attention_layernorm.weight": norm(hidden),
+        }
         mlps = {prefix + "mlp.": config["intermediate_size"]}
         if config["model_type"] == "qwen3_moe":
             tensors[prefix + "mlp.gate.weight"] = matrix(config["num_experts"], hidden)

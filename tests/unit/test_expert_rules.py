@@ -13,6 +13,7 @@ DENSE = {
     "num_layers": 28,
     "num_attention_heads": 16,
     "num_query_groups": 8,
+    "kv_channels": 128,
     "ffn_hidden_size": 6144,
     "num_moe_experts": None,
 }
