@@ -7,7 +7,6 @@ import pytest
 import torch
 from comparison import error, largest_error
 from layout_rows import ONE_PROCESS, parallel, row
-from megatron.core import parallel_state
 from plain_training import update_in_plain_torch
 from support.rank_pool import RankPool
 from support.vocabulary_cases import ALPHA, TOP_K
@@ -46,18 +45,12 @@ CASES: list[tuple[Row, str, Sequence[ObjectiveKind]]] = [
 """Layouts, whether the student's embeddings are tied, and the kinds of objective."""
 
 
-def update_with_each_kind(
-    kinds: Sequence[ObjectiveKind], row: Row, *folders: str
-) -> list[Measured]:
-    """Return what this rank saw of the updates with each kind, each from the same start."""
+def update_with_kind(kind: ObjectiveKind, row: Row, *folders: str) -> Measured:
+    """Return what this rank saw of the updates with a kind of objective, in small chunks."""
     row_bytes = 4 * -(-37 // row.student.tensor_model_parallel_size)
     lm_head_tiles.CHUNK_BYTES = {"cpu": 2 * 3 * row_bytes}
-    measured = []
-    for kind in kinds:
-        objective = ObjectiveConfig(kind=kind, alpha=ALPHA, top_k=TOP_K)
-        measured.append(update_on_ranks(replace(row, objective=objective), *folders))
-        parallel_state.destroy_model_parallel()
-    return measured
+    objective = ObjectiveConfig(kind=kind, alpha=ALPHA, top_k=TOP_K)
+    return update_on_ranks(replace(row, objective=objective), *folders)
 
 
 @pytest.fixture(scope="module")
@@ -80,15 +73,15 @@ def test_each_kind_trains_like_plain_torch(
     references: dict[tuple[str, ObjectiveKind], Measured],
 ) -> None:
     layout, embeddings, kinds = case
-    by_rank = ranks.run(
-        update_with_each_kind,
-        kinds,
-        layout,
-        folders[f"student-{embeddings}"],
-        folders["teacher-same-tokens"],
-        world_size=layout.world_size,
-    )
-    for kind, found, *others in zip(kinds, *by_rank, strict=True):
+    for kind in kinds:
+        found, *others = ranks.run(
+            update_with_kind,
+            kind,
+            layout,
+            folders[f"student-{embeddings}"],
+            folders["teacher-same-tokens"],
+            world_size=layout.world_size,
+        )
         reference = references[embeddings, kind]
         for quantity in (*("teacher_logp_BT", "logp_UBT", "entropy_UBT", "loss_U", "grad_norm_U"),):
             difference = error(getattr(found, quantity), getattr(reference, quantity))
