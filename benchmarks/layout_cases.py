@@ -13,13 +13,19 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from layout_models import write_expert_student
 from layout_ranks import waiting_timed
 
 RECIPE = Path(__file__).resolve().parents[1] / "launch" / "recipes" / "chain_sum.toml"
+STUDENT = RECIPE.parents[2] / "examples" / "chain_sum" / "student"
 PHASES = ("rollout", "teacher", "student", "step")
 ROWS = 64
 """Responses decoded together where rollouts are compared."""
 BATCH, MICRO_BATCH = 64, 16
+EXPERT_STUDENT = "experts"
+"""The student.path that stands for the student with experts, which is written on the spot."""
+Settings = dict[str, object]
+"""The recipe's settings that a layout changes, by their full names."""
 TOKENS_PER_PACK = 1024
 """About as many as a micro-batch has."""
 
@@ -63,13 +69,13 @@ class Rolled:
         return self.seconds / self.num_tokens
 
 
-def time_steps(parallel: dict[str, object], num_steps: int) -> dict[str, Any]:
+def time_steps(settings: Settings, num_steps: int) -> dict[str, Any]:
     """Return Steps, after one that doesn't count."""
     from poweropd_megatron.objectives.labels import label
     from poweropd_megatron.train.clock import Clock
 
     with tempfile.TemporaryDirectory() as folder:
-        run = _build(parallel, folder)
+        run = _build(settings, folder)
     measured: list[tuple[list[float], float]] = []
     lengths: list[list[int]] = []
     for step in range(num_steps + 1):
@@ -104,15 +110,13 @@ def time_steps(parallel: dict[str, object], num_steps: int) -> dict[str, Any]:
     return asdict(steps)
 
 
-def time_rollouts(
-    how: str, parallel: dict[str, object], num_prompts: int, rounds: int
-) -> dict[str, Any]:
+def time_rollouts(how: str, settings: Settings, num_prompts: int, rounds: int) -> dict[str, Any]:
     """Return Rolled, of the student at a temperature at which some of its responses get long."""
     from poweropd_megatron.rollout.row_group import RowPolicy
     from poweropd_megatron.rollout.sampling import Sampling
 
     with tempfile.TemporaryDirectory() as folder:
-        run = _build(parallel, folder, "--rollout.micro_batch_size", str(ROWS))
+        run = _build(settings | {"rollout.micro_batch_size": ROWS}, folder)
     prompts = [prompt.token_ids for prompt in run.prompts.next_batch(num_prompts)]
     sampling = Sampling(max_new_tokens=192, temperature=1.6)
     parts = [prompts]
@@ -152,22 +156,25 @@ def time_rollouts(
     return asdict(rolled)
 
 
-def _build(parallel: dict[str, object], folder: str, *others: str) -> Any:
-    """Return the recipe's run; the teacher has only the layout's tensor and pipeline sizes."""
+def _build(settings: Settings, folder: str) -> Any:
+    """Return the recipe's run, the teacher cut as the student is unless the settings differ."""
     from poweropd_megatron.config.load import parse_train_config
     from poweropd_megatron.train.build import build_run
     from poweropd_megatron.train.inputs import read_inputs
 
     os.chdir(RECIPE.parents[2])
-    argv = ["--config", str(RECIPE), "--output_dir", folder, *others]
-    for setting in ("micro_batch_size", "teacher.micro_batch_size"):
-        argv += [f"--{setting}", str(MICRO_BATCH)]
-    for model in ("student", "teacher"):
-        for name in ("tensor", "pipeline"):
-            size = parallel.get(f"{name}_model_parallel_size", 1)
-            argv += [f"--{model}.parallel.{name}_model_parallel_size", str(size)]
-    for name, value in parallel.items():
-        argv += [f"--student.parallel.{name}", str(value).lower()]
+    whole: Settings = {"output_dir": folder}
+    for name in ("tensor", "pipeline"):
+        size = f"parallel.{name}_model_parallel_size"
+        of_student = settings.get(f"student.{size}", 1)
+        whole |= {f"student.{size}": of_student, f"teacher.{size}": of_student}
+    whole |= {"micro_batch_size": MICRO_BATCH, "teacher.micro_batch_size": MICRO_BATCH, **settings}
+    if whole.get("student.path") == EXPERT_STUDENT:
+        whole["student.path"] = Path(folder, "student")
+        write_expert_student(STUDENT, whole["student.path"])
+    argv = ["--config", str(RECIPE)]
+    for name, value in whole.items():
+        argv += [f"--{name}", str(value).lower() if isinstance(value, bool) else str(value)]
     config = parse_train_config(argv)
     inputs = read_inputs(config, world_size=dist.get_world_size())
     inputs.answer_checker.close()

@@ -9,110 +9,101 @@
 
 namespace poweropd {
 
-// Columns that are read twice in a row, the second time from the first-level cache.
-constexpr int64_t kBlock = 1024;
+// A row is read in as many places at once: a processor fetches the next lines of a place by itself,
+// but only up to the end of a page, and reads more of memory while it does so in several places.
+constexpr int kStreams = 4;
 
-// Bytes that are asked for ahead of what is read: left to itself, memory would idle whenever the
-// processor computes, and a processor's own prefetching ends at each page. Arithmetic asks far
-// ahead into the second-level cache; the search for the maximum, which does little, moves it to the
-// first.
-constexpr int kFarAhead = 16384, kAhead = 2048;
+// Columns of each stream that are read twice in a row, the second time from the first-level cache.
+constexpr int64_t kBlock = 256;
 
-// Asks for the cache lines of `count` elements, kBytes behind `from`: into all levels (kLocality
-// 3), or from the second on (2). Behind the end of the logits that does nothing.
-template <int kBytes, int kLocality, class T>
-void prefetch(const T* from, int count) {
-  constexpr int kLine = 64;
-  const char* line = reinterpret_cast<const char*>(from) + kBytes;
-  for (int bytes = count * int(sizeof(T)); bytes > 0; bytes -= kLine, line += kLine) {
-    __builtin_prefetch(line, 0, kLocality);
-  }
-}
+// Bytes of each stream that are asked for ahead of the arithmetic, during which memory would idle.
+constexpr int kAhead = 4096;
 
+// Asks for the cache lines of two vectors, kAhead bytes behind `from`. Behind the end of the logits
+// that does nothing.
 template <class Simd, class T>
-float block_maximum(const T* block, int64_t count) {
-  using Float = typename Simd::Float;
-  constexpr int kLanes = Simd::kLanes;
-  Float largest[4];
-  for (Float& part : largest) part = Simd::broadcast(negative_infinity());
-  int64_t i = 0;
-  for (; i + 4 * kLanes <= count; i += 4 * kLanes) {
-    for (int k = 0; k < 4; k += 2) {
-      Float a, b;
-      prefetch<kAhead, 3>(block + i + k * kLanes, 2 * kLanes);
-      Simd::load_pair(block + i + k * kLanes, a, b);
-      largest[k] = Simd::max(largest[k], a);
-      largest[k + 1] = Simd::max(largest[k + 1], b);
-    }
-  }
-  for (; i < count; i += kLanes) {
-    const int rest = static_cast<int>(std::min<int64_t>(kLanes, count - i));
-    largest[0] = Simd::max(largest[0], Simd::load(block + i, rest, negative_infinity()));
-  }
-  return Simd::largest(
-      Simd::max(Simd::max(largest[0], largest[1]), Simd::max(largest[2], largest[3])));
+void prefetch(const T* from) {
+  constexpr int kLine = 64, kBytes = 2 * Simd::kLanes * int(sizeof(T));
+  const char* line = reinterpret_cast<const char*>(from) + kAhead;
+  for (int bytes = 0; bytes < kBytes; bytes += kLine) __builtin_prefetch(line + bytes, 0, 2);
 }
 
-// Adds the block's share to `sum` and `weighted`, in fp64: fp32 alone would lose a digit.
-template <class Simd, class T, bool kEntropy>
-void add_block(const T* block, int64_t count, float maximum, double& sum, double& weighted) {
+// Columns of each stream, which begin at multiples of as many; the few that are left follow them.
+template <class Simd>
+int64_t columns_of_stream(int64_t columns) {
+  constexpr int64_t kStep = 2 * Simd::kLanes;
+  return columns / (kStreams * kStep) * kStep;
+}
+
+// A row's state while columns are added to it, in fp64: fp32 alone would lose a digit.
+struct RunningState {
+  float maximum = negative_infinity();
+  double sum = 0.0, weighted = 0.0;
+
+  void raise_maximum(float larger) {
+    if (!(larger > maximum)) return;
+    const double step = double(maximum) - larger, scale = ::exp(step);
+    weighted = sum > 0.0 ? scale * (weighted + sum * step) : 0.0;
+    sum *= scale;
+    maximum = larger;
+  }
+};
+
+// Adds columns to a row's state; each(visit) calls visit(stream, logits) for every vector of them.
+template <class Simd, bool kEntropy, class Each>
+void add_columns(RunningState& state, Each each) {
   using Float = typename Simd::Float;
-  constexpr int kLanes = Simd::kLanes;
-  const Float lowest = Simd::broadcast(kLowestExponent), largest = Simd::broadcast(maximum);
-  Float sums[4], weights[4];
-  for (int k = 0; k < 4; ++k) sums[k] = weights[k] = Simd::broadcast(0.0f);
-  auto add = [&](int k, Float logits) {
-    const Float exponent = Simd::sub(logits, largest);
-    const Float exponential = Simd::exp(exponent);
-    sums[k] = Simd::add(sums[k], exponential);
+  static_assert(kStreams == 4, "as many parts are merged below");
+  Float parts[kStreams];
+  for (Float& part : parts) part = Simd::broadcast(negative_infinity());
+  each([&](int k, Float logits) { parts[k] = Simd::max(parts[k], logits); });
+  state.raise_maximum(
+      Simd::largest(Simd::max(Simd::max(parts[0], parts[1]), Simd::max(parts[2], parts[3]))));
+  // Of nothing but -inf so far, or NaN, which must not be lost, the sum is 0 or NaN.
+  const bool is_empty = state.maximum == negative_infinity();
+  const Float largest = Simd::broadcast(is_empty ? 0.0f : state.maximum);
+  const Float lowest = Simd::broadcast(kLowestExponent);
+  Float weights[kStreams];
+  for (int k = 0; k < kStreams; ++k) parts[k] = weights[k] = Simd::broadcast(0.0f);
+  each([&](int k, Float logits) {
+    const Float exponent = Simd::sub(logits, largest), exponential = Simd::exp(exponent);
+    parts[k] = Simd::add(parts[k], exponential);
     if (kEntropy) weights[k] = Simd::fma(exponential, Simd::max(lowest, exponent), weights[k]);
+  });
+  auto total = [](const Float* of) {
+    return Simd::total(Simd::add(Simd::add(of[0], of[1]), Simd::add(of[2], of[3])));
   };
-  int64_t i = 0;
-  for (; i + 4 * kLanes <= count; i += 4 * kLanes) {
-    for (int k = 0; k < 4; k += 2) {
-      Float a, b;
-      prefetch<kFarAhead, 2>(block + i + k * kLanes, 2 * kLanes);
-      Simd::load_pair(block + i + k * kLanes, a, b);
-      add(k, a);
-      add(k + 1, b);
-    }
-  }
-  for (; i < count; i += kLanes) {
-    const int rest = static_cast<int>(std::min<int64_t>(kLanes, count - i));
-    add(0, Simd::load(block + i, rest, negative_infinity()));
-  }
-  sum += Simd::total(Simd::add(Simd::add(sums[0], sums[1]), Simd::add(sums[2], sums[3])));
-  if (kEntropy) {
-    weighted += Simd::total(
-        Simd::add(Simd::add(weights[0], weights[1]), Simd::add(weights[2], weights[3])));
-  }
+  state.sum += total(parts);
+  if (kEntropy) state.weighted += total(weights);
 }
 
 template <class Simd, class T, bool kEntropy>
 SoftmaxState row_state(const T* row, int64_t columns) {
-  float maximum = negative_infinity();
-  double sum = 0.0, weighted = 0.0;
-  for (int64_t begin = 0; begin < columns; begin += kBlock) {
-    const T* block = row + begin;
-    const int64_t count = std::min(kBlock, columns - begin);
-    const float larger = block_maximum<Simd>(block, count);
-    if (larger > maximum) {
-      const double step = double(maximum) - larger, scale = ::exp(step);
-      weighted = sum > 0.0 ? scale * (weighted + sum * step) : 0.0;
-      sum *= scale;
-      maximum = larger;
-    }
-    if (maximum == negative_infinity()) {
-      // Nothing but -inf so far, or NaN, which must not be lost.
-      for (int64_t i = 0; i < count; ++i) {
-        if (to_float(block[i]) != to_float(block[i]))
-          sum = std::numeric_limits<double>::quiet_NaN();
+  using Float = typename Simd::Float;
+  constexpr int kLanes = Simd::kLanes;
+  const int64_t length = columns_of_stream<Simd>(columns);
+  RunningState state;
+  for (int64_t begin = 0; begin < length; begin += kBlock) {
+    const int64_t end = std::min(begin + kBlock, length);
+    add_columns<Simd, kEntropy>(state, [&](auto visit) {
+      for (int64_t i = begin; i < end; i += 2 * kLanes) {
+        for (int k = 0; k < kStreams; ++k) {
+          Float a, b;
+          prefetch<Simd>(row + k * length + i);
+          Simd::load_pair(row + k * length + i, a, b);
+          visit(k, a);
+          visit(k, b);
+        }
       }
-      continue;
-    }
-    add_block<Simd, T, kEntropy>(block, count, maximum, sum, weighted);
+    });
   }
-  return {maximum, static_cast<float>(sum), static_cast<float>(weighted)};
+  add_columns<Simd, kEntropy>(state, [&](auto visit) {
+    for (int64_t i = kStreams * length; i < columns; i += kLanes) {
+      const int rest = static_cast<int>(std::min<int64_t>(kLanes, columns - i));
+      visit(0, Simd::load(row + i, rest, negative_infinity()));
+    }
+  });
+  return {state.maximum, static_cast<float>(state.sum), static_cast<float>(state.weighted)};
 }
 
 template <class Simd, class T, bool kEntropy>
@@ -149,14 +140,17 @@ void row_gradient(T* row, int64_t columns, int64_t target, float maximum, float 
   auto scaled = [&](Float logits) { return Simd::mul(scales, softmax(logits)); };
   const bool has_target = target >= 0 && target < columns;
   const float target_logit = has_target ? to_float(row[target]) : 0.0f;
-  int64_t i = 0;
-  for (; i + 2 * kLanes <= columns; i += 2 * kLanes) {
-    Float a, b;
-    prefetch<kFarAhead, 2>(row + i, 2 * kLanes);
-    Simd::load_pair(row + i, a, b);
-    Simd::store_pair(row + i, scaled(a), scaled(b));
+  const int64_t length = columns_of_stream<Simd>(columns);
+  for (int64_t i = 0; i < length; i += 2 * kLanes) {
+    for (int k = 0; k < kStreams; ++k) {
+      T* pair = row + k * length + i;
+      Float a, b;
+      prefetch<Simd>(pair);
+      Simd::load_pair(pair, a, b);
+      Simd::store_pair(pair, scaled(a), scaled(b));
+    }
   }
-  for (; i < columns; i += kLanes) {
+  for (int64_t i = kStreams * length; i < columns; i += kLanes) {
     const int rest = static_cast<int>(std::min<int64_t>(kLanes, columns - i));
     Simd::store(row + i, scaled(Simd::load(row + i, rest, negative_infinity())), rest);
   }

@@ -115,6 +115,9 @@ class Batching:
         return 1 - sum(map(sum, batches)) / sum(rows * width for rows, width in shapes)
 
     def oversized(self, lengths: Sequence[int]) -> list[int]:
-        """Return the lengths beyond max_tokens_per_microbatch: each a micro-batch by itself."""
-        budget = self.max_tokens_per_microbatch
-        return [] if budget is None else [length for length in lengths if length > budget]
+        """Return the positions, with padding, of each sequence that takes more of them than
+        max_tokens_per_microbatch: such a sequence is a micro-batch by itself."""
+        if self.max_tokens_per_microbatch is None:
+            return []
+        positions = (self.input_shape([length])[1] for length in lengths)
+        return [width for width in positions if width > self.max_tokens_per_microbatch]

@@ -87,36 +87,43 @@ def cut_batch(
     """
     if mask_BT[:, 0].any():
         raise ValueError("the first token of a sequence can't be in the loss")
-    lengths_B = trajectories.total_lengths_B.tolist()
-    micro_batches = []
-    for rows in batching.plan(lengths_B)[dp_rank]:
-        lengths_b = [lengths_B[row] for row in rows]
-        num_rows, width = batching.input_shape(lengths_b)
-        packed_lengths = None
-        starts_b: Sequence[int] = range(0, num_rows * width, width)
-        if batching.is_packed:
-            padded_b = [batching.padded_length(length) for length in lengths_b]
-            starts_b = [0, *accumulate(padded_b)]
-            packed_lengths = tuple(filter(None, (*padded_b, width - starts_b[-1])))
-        source, target = torch.full((2, num_rows * width), _PADDING)
-        for row, length, start in zip(rows, lengths_b, starts_b, strict=False):
-            first = row * mask_BT.shape[1]
-            source[start : start + length] = torch.arange(first, first + length)
-            target[start : start + length - 1] = torch.arange(first + 1, first + length)
-        source_RS, target_RS = (x.view(num_rows, width) for x in (source, target))
-        if batching.cp_size > 1:
-            own = own_positions(packed_lengths or [width], rank=cp_rank, size=batching.cp_size)
-            source_RS, target_RS = source_RS[:, own], target_RS[:, own]
-        micro_batches.append(
-            MicroBatch(
-                rows_b=torch.tensor(rows, dtype=torch.int64),
-                token_ids_RS=_take(trajectories.token_ids_BT, source_RS),
-                target_RS=target_RS,
-                mask_RS=_take(mask_BT, target_RS),
-                packed_lengths=packed_lengths,
-            )
-        )
-    return micro_batches
+    packs = batching.plan(trajectories.total_lengths_B.tolist())[dp_rank]
+    return [cut_rows(trajectories, mask_BT, batching, rows, cp_rank=cp_rank) for rows in packs]
+
+
+def cut_rows(
+    trajectories: Trajectories,
+    mask_BT: Tensor,
+    batching: Batching,
+    rows: Sequence[int],
+    *,
+    cp_rank: int,
+) -> MicroBatch:
+    """Return these sequences as a micro-batch, or a rank's slices of them."""
+    lengths_b = trajectories.total_lengths_B[list(rows)].tolist()
+    num_rows, width = batching.input_shape(lengths_b)
+    packed_lengths = None
+    starts_b: Sequence[int] = range(0, num_rows * width, width)
+    if batching.is_packed:
+        padded_b = [batching.padded_length(length) for length in lengths_b]
+        starts_b = [0, *accumulate(padded_b)]
+        packed_lengths = tuple(filter(None, (*padded_b, width - starts_b[-1])))
+    source, target = torch.full((2, num_rows * width), _PADDING)
+    for row, length, start in zip(rows, lengths_b, starts_b, strict=False):
+        first = row * mask_BT.shape[1]
+        source[start : start + length] = torch.arange(first, first + length)
+        target[start : start + length - 1] = torch.arange(first + 1, first + length)
+    source_RS, target_RS = (x.view(num_rows, width) for x in (source, target))
+    if batching.cp_size > 1:
+        own = own_positions(packed_lengths or [width], rank=cp_rank, size=batching.cp_size)
+        source_RS, target_RS = source_RS[:, own], target_RS[:, own]
+    return MicroBatch(
+        rows_b=torch.tensor(rows, dtype=torch.int64),
+        token_ids_RS=_take(trajectories.token_ids_BT, source_RS),
+        target_RS=target_RS,
+        mask_RS=_take(mask_BT, target_RS),
+        packed_lengths=packed_lengths,
+    )
 
 
 def cut_own(

@@ -146,8 +146,9 @@ class Recorder:
                 setting = setting if model == "student" else f"{model}.{setting}"
                 self.warning(
                     f"step {step}: {len(oversized)} of {len(lengths)} sequences, the longest of "
-                    f"{longest} tokens, exceed {setting} = {batching.max_tokens_per_microbatch}: "
-                    f"the {model} takes each by itself, with that much more memory"
+                    f"{longest} tokens with padding, exceed {setting} = "
+                    f"{batching.max_tokens_per_microbatch}: the {model} takes each by itself, "
+                    "with that much more memory"
                 )
 
     def phase(self, name: str) -> None:

@@ -8,6 +8,7 @@ Shapes: B sequences, T tokens, N tokens in the loss, G hidden of the teacher.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 import torch.distributed as dist
@@ -16,7 +17,7 @@ from torch import Tensor
 from poweropd_megatron.parallel.layout import Layout
 from poweropd_megatron.rollout.trajectories import Trajectories
 from poweropd_megatron.train.batching import Batching
-from poweropd_megatron.train.microbatches import MicroBatch, cut_batch
+from poweropd_megatron.train.microbatches import MicroBatch, cut_rows
 
 _NOWHERE = -1
 
@@ -74,16 +75,16 @@ class Handed:
 def copies_of_tokens(trajectories: Trajectories, mask_BT: Tensor, batching: Batching) -> Tensor:
     """Return which copy of a model has each token in the loss, [B, T] int64; -1 outside it.
 
-    Copies are numbered as Layout.copy_rank does it. Cost: no collective; each rank cuts the batch
-    for all copies.
+    Copies are numbered as Layout.copy_rank does it. Cost: no collective; each rank cuts the whole
+    batch, once for each of the ranks that share a sequence.
     """
     copy_BT = torch.full(mask_BT.shape, _NOWHERE)
-    for copy in range(batching.dp_size * batching.cp_size):
-        dp_rank, cp_rank = divmod(copy, batching.cp_size)
-        for micro_batch in cut_batch(
-            trajectories, mask_BT, batching, dp_rank=dp_rank, cp_rank=cp_rank
-        ):
-            copy_BT.view(-1)[micro_batch.target_RS[micro_batch.mask_RS]] = copy
+    plan = batching.plan(trajectories.total_lengths_B.tolist())
+    for dp_rank, packs in enumerate(plan):
+        for rows, cp_rank in product(packs, range(batching.cp_size)):
+            micro_batch = cut_rows(trajectories, mask_BT, batching, rows, cp_rank=cp_rank)
+            places = micro_batch.target_RS[micro_batch.mask_RS]
+            copy_BT.view(-1)[places] = dp_rank * batching.cp_size + cp_rank
     return copy_BT
 
 

@@ -217,8 +217,8 @@ def test_a_first_token_in_the_loss_is_refused(budget: int | None) -> None:
         cut_batch(trajectories, mask_BT, batching, dp_rank=0)
 
 
-def test_only_lengths_beyond_the_budget_are_oversized() -> None:
+def test_only_sequences_beyond_the_budget_with_their_padding_are_oversized() -> None:
     batching = Batching(
-        micro_batch_size=1, max_tokens_per_microbatch=8, dp_size=1, length_multiple=4
+        micro_batch_size=1, max_tokens_per_microbatch=10, dp_size=1, length_multiple=4
     )
-    assert batching.oversized([7, 8, 9, 30]) == [9, 30]
+    assert batching.oversized([7, 8, 9, 30]) == [12, 32]

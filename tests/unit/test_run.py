@@ -115,8 +115,12 @@ def test_sequences_beyond_the_token_budget_are_told_of_when_there_are_longer_one
     said = (Path(config.output_dir) / "train.log").read_text()
     assert said.count("exceed") == 3
     assert (
-        "step 2: 2 of 2 sequences, the longest of 300 tokens, exceed max_tokens_per_microbatch = "
-        "100: the student takes each by itself, with that much more memory"
+        "step 2: 2 of 2 sequences, the longest of 300 tokens with padding, exceed "
+        "max_tokens_per_microbatch = 100: the student takes each by itself, with that much more "
+        "memory"
     ) in said
-    assert "step 4: 1 of 2 sequences, the longest of 500 tokens, exceed max_tokens" in said
+    assert (
+        "step 4: 1 of 2 sequences, the longest of 500 tokens with padding, exceed max_tokens"
+        in said
+    )
     assert "exceed teacher.max_tokens_per_microbatch = 400: the teacher takes each" in said
