@@ -70,7 +70,8 @@ class DistSource:
         """Find each parameter.
 
         prefers_masters: take the optimizer's fp32 copy where the checkpoint has one.
-        Raises: InputError naming the tensor that is missing, unknown, or of another shape.
+        Raises: InputError naming the tensor that is missing, unknown, or of another shape; or whose
+        copy is preferred, but not to be found in the state of an optimizer.
         """
         self.folder = folder
         self._files = Files(folder.setting)
@@ -87,6 +88,8 @@ class DistSource:
             for key, shape in self._keys_of(stored):
                 known.add(key)
                 self._check_shape(stored, key, shape)
+                if prefers_masters and any(of_optimizer.values()):
+                    self._check_master(key)
         for key in sorted(self._shapes):
             if key not in known and not of_optimizer[key]:
                 raise InputError(
@@ -145,6 +148,16 @@ class DistSource:
             raise InputError(
                 f"{where}: {key} has the shape {found}, but the reference's config.json implies "
                 f"{shape}"
+            )
+
+    def _check_master(self, key: str) -> None:
+        """Refuse a rounded weight whose exact value an optimizer may hold in another form."""
+        dtype = self.folder.dtype(key)
+        if dtype != torch.float32:
+            raise InputError(
+                f"{self.folder.setting}: {self.folder.path} has the state of an optimizer, but no "
+                f"fp32 copy of {key} under optimizer.state.fp32_param: leave --dtype fp32 out to "
+                f"export the weight itself, in {str(dtype).removeprefix('torch.')}"
             )
 
     def _tiles(self, key: str, num_leading: int) -> dict[tuple[int, ...], list[Tile]]:

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from poweropd_megatron.errors import InputError
-from poweropd_megatron.models.hf_folder import INDEX_NAME, HFFolder, read_json
+from poweropd_megatron.json_file import read_json
+from poweropd_megatron.models.hf_folder import INDEX_NAME, HFFolder
 
 DEFAULT_MAX_SHARD_BYTES = 5 * 10**9
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}

@@ -31,7 +31,7 @@ from poweropd_megatron.conversion.hf_tensors import EMBEDDING, HEAD, make_header
 from poweropd_megatron.errors import InputError
 from poweropd_megatron.models.families import read_model_config
 from poweropd_megatron.models.hf_folder import INDEX_NAME
-from poweropd_megatron.models.other_files import copy_other_files
+from poweropd_megatron.models.other_files import check_other_files, copy_other_files
 from poweropd_megatron.models.torch_dist_folder import TorchDistFolder
 
 _INPUT, _OUTPUT, _REFERENCE = "--input", "--output", "--reference"
@@ -59,6 +59,7 @@ def to_hugging_face(
     """
     partial.check_places(output, _OUTPUT, input=source, reference=reference)
     tensors, others = _plan_tensors(source, reference, dtype)
+    check_other_files(others, setting=_REFERENCE)
     files = _files(tensors, others, max_shard_bytes)
     jobs = list(_jobs(files, max_bytes=_job_bytes(tensors)))
     with partial.claimed(output, _OUTPUT) as folder:

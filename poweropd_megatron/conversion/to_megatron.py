@@ -30,7 +30,7 @@ from poweropd_megatron.conversion.torch_items import Containers
 from poweropd_megatron.errors import InputError
 from poweropd_megatron.models.families import read_model_config, stored_tensors
 from poweropd_megatron.models.families.weight import StoredTensor
-from poweropd_megatron.models.other_files import copy_other_files
+from poweropd_megatron.models.other_files import check_other_files, copy_other_files
 from poweropd_megatron.models.weight_source import WEIGHTS_NAME
 
 _TRACKER = "latest_checkpointed_iteration.txt"
@@ -51,6 +51,7 @@ def to_megatron(
     config = read_model_config(source, setting=_INPUT)
     tensors = read_tensors(source, setting=_INPUT)
     check_tensors(config, tensors, setting=_INPUT)
+    check_other_files(source, setting=_INPUT)
     stored = list(stored_tensors(config))
     items = list(_items(stored, tensors, dtype))
     total_bytes = sum(item.num_bytes for item in items)

@@ -14,6 +14,7 @@ import tokenizers
 from poweropd_megatron.data import chat_template
 from poweropd_megatron.data.chat_template import ChatTemplate, Message
 from poweropd_megatron.errors import ConfigError, InputError
+from poweropd_megatron.json_file import read_json
 
 MAX_LISTED_DIFFERENCES = 5
 WRITE_TOKENIZER = "transformers: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
@@ -42,7 +43,7 @@ class Tokenizer:
         """
         folder = Path(path)
         backend = _read_backend(folder, setting)
-        config = _read_json(folder / CONFIG_NAME, setting)
+        config = read_json(folder / CONFIG_NAME, setting)
         _check_added_tokens(backend, config, folder, setting)
         special_tokens = {
             name: _token_text(config[name], name, folder, setting)
@@ -149,19 +150,6 @@ def _read_backend(folder: Path, setting: str) -> tokenizers.Tokenizer:
     return backend
 
 
-def _read_json(file: Path, setting: str) -> dict[str, Any]:
-    """Return the object of a JSON file."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{setting}: {file} is missing") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{setting}: {file} can't be read as JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{setting}: {file} must hold a JSON object, not {type(content).__name__}")
-    return content
-
-
 def _check_added_tokens(
     backend: tokenizers.Tokenizer, config: Mapping[str, Any], folder: Path, setting: str
 ) -> None:
@@ -202,7 +190,7 @@ def _find_eos(
     """Return the EOS ids of generation_config.json, config.json or tokenizer_config.json."""
     for name in ("generation_config.json", "config.json"):
         if (folder / name).is_file():
-            named = _read_json(folder / name, setting).get("eos_token_id")
+            named = read_json(folder / name, setting).get("eos_token_id")
             if named is not None and named != []:
                 ids = named if isinstance(named, list) else [named]
                 _check_eos_ids(ids, folder, folder / name, backend, setting)
@@ -220,7 +208,7 @@ def _check_eos_ids(
 ) -> None:
     """Refuse EOS ids that no row of the model has: no response would end, or a gather fail."""
     config_file = folder / "config.json"
-    config = _read_json(config_file, setting) if config_file.is_file() else {}
+    config = read_json(config_file, setting) if config_file.is_file() else {}
     num_ids, source = config.get("vocab_size"), "vocab_size of config.json"
     if type(num_ids) is not int:
         num_ids, source = max(backend.get_vocab().values(), default=-1) + 1, "tokenizer.json"

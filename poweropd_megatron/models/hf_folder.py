@@ -1,30 +1,14 @@
 """A Hugging Face checkpoint folder: config.json and tensors read by name, whole or in slices."""
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from poweropd_megatron.errors import InputError
+from poweropd_megatron.json_file import read_json
 
 INDEX_NAME = "model.safetensors.index.json"
-
-
-def read_json(path: Path, setting: str) -> dict[str, Any]:
-    """Return the JSON object in a file of a model folder.
-
-    Raises: InputError naming the setting, the file, and what is wrong with it.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{setting}: {path} is missing; expected a Hugging Face folder") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{setting}: {path} can't be read as JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{setting}: {path} holds a {type(value).__name__}, expected an object")
-    return value
 
 
 class HFFolder:

@@ -100,6 +100,10 @@ BAD_FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
         "attention_bias",
     ),
     "no config.json": (lambda f: (f / "config.json").unlink(), "config.json is missing"),
+    "link to nothing": (
+        lambda f: (f / "vocab.json").symlink_to("nowhere"),
+        "vocab.json links to nowhere, which is missing",
+    ),
 }
 
 
@@ -256,6 +260,15 @@ def test_a_reference_with_other_tensors_is_refused(converted, tmp_path):
     edit(tmp_path / "hf", "model.safetensors", lambda tensors: tensors.pop("lm_head.weight"))
     with pytest.raises(InputError, match=r"--reference: .* has no tensor lm_head.weight"):
         to_hugging_face(converted[1], tmp_path / "out", reference=tmp_path / "hf")
+
+
+def test_a_reference_with_a_link_to_nothing_in_a_folder_is_refused(converted, tmp_path):
+    shutil.copytree(converted[0], tmp_path / "hf")
+    (tmp_path / "hf" / "onnx").mkdir()
+    (tmp_path / "hf" / "onnx" / "model.onnx").symlink_to("nowhere")
+    with pytest.raises(InputError, match=r"--reference: .*model.onnx links to nowhere"):
+        to_hugging_face(converted[1], tmp_path / "out", reference=tmp_path / "hf")
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
 @pytest.mark.parametrize("place", ["../model.safetensors", "/tmp/x.safetensors", "a/b", 7])

@@ -12,6 +12,7 @@ from support.stored_checkpoint import write_in_pieces
 from torch import Tensor
 
 from poweropd_megatron.conversion.to_hugging_face import to_hugging_face
+from poweropd_megatron.errors import InputError
 
 LAYERS = "decoder.layers."
 
@@ -94,6 +95,20 @@ def test_fp32_is_the_optimizers_and_otherwise_the_models(prefix, model, tmp_path
         found = load_file(out / "model.safetensors")
         for name, tensor in expected.items():
             assert torch.equal(found[name], tensor if dtype else tensor.bfloat16()), name
+
+
+def test_fp32_copies_in_a_form_that_is_not_known_are_not_passed_over(model, tmp_path):
+    """Megatron-LM's sharded optimizer formats keep flat buckets, from which nothing is taken."""
+    folder, stored = model
+    training = {key: tensor.bfloat16() for key, tensor in stored.items()}
+    training["optimizer.distributed.dp_group_idx_0.gbuf_idx_0.param"] = torch.zeros(9)
+    write_in_pieces(tmp_path / "weights", training, {})
+    with pytest.raises(InputError, match=r"no fp32 copy of embedding\.word_embeddings\.weight"):
+        to_hugging_face(
+            tmp_path / "weights", tmp_path / "fp32", reference=folder, dtype=torch.float32
+        )
+    assert [path.name for path in tmp_path.iterdir()] == ["weights"]
+    to_hugging_face(tmp_path / "weights", tmp_path / "bf16", reference=folder)
 
 
 @pytest.mark.parametrize(("tracked", "name"), [("release", "release"), ("20", "iter_0000020")])

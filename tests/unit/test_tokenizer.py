@@ -127,7 +127,7 @@ BREAKAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "generation config of another type": (
         lambda f: (f / "generation_config.json").write_text("[1]"),
-        r"generation_config\.json must hold a JSON object, not list",
+        r"generation_config\.json holds a list, expected an object",
     ),
     "no eos": (
         remove_every_eos,

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from poweropd_megatron.errors import InputError
-from poweropd_megatron.models.hf_folder import read_json
+from poweropd_megatron.json_file import read_json
 from poweropd_megatron.models.model_config import ModelConfig
 
 
