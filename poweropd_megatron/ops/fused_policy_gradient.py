@@ -14,13 +14,7 @@ from poweropd_megatron.objectives.loss import policy_gradient_loss
 from poweropd_megatron.ops.arguments import check_fp32
 from poweropd_megatron.ops.backends import IGNORED_TARGET, kernels_for
 from poweropd_megatron.ops.gradient_in_forward import gradient_in_forward
-from poweropd_megatron.ops.lm_head_tiles import (
-    Gradients,
-    LMHead,
-    chunk_buffer,
-    chunk_logits,
-    token_chunks,
-)
+from poweropd_megatron.ops.lm_head_tiles import Gradients, LMHead, logit_chunks
 
 
 class PolicyGradient(NamedTuple):
@@ -73,10 +67,8 @@ def fused_policy_gradient(
     def visit(grads: Gradients | None) -> Tensor:
         kernels = kernels_for(hidden_NH)
         loss = logp_N.new_zeros(())
-        chunks = token_chunks(hidden_NH, head)
-        buffer = chunk_buffer(hidden_NH, head, chunks)
-        for rows in chunks:
-            logits, targets = chunk_logits(hidden_NH, head, rows, buffer), targets_N[rows]
+        for rows, logits in logit_chunks(hidden_NH, head, grads):
+            targets = targets_N[rows]
             stats = kernels.row_stats(
                 logits, targets, first_column=head.first_column, vocab_size=head.vocab_size
             )
@@ -89,18 +81,16 @@ def fused_policy_gradient(
             loss += policy_gradient_loss(softmax.logp_N, reward_n)
             assert softmax.entropy_N is not None
             logp_N[rows], entropy_N[rows] = softmax.logp_N, softmax.entropy_N
-            if grads is None:
-                continue
-            kernels.row_grad_(
-                logits,
-                targets,
-                maximum_N=softmax.maximum_N,
-                inverse_sum_N=softmax.inverse_sum_N,
-                grad_N=-reward_n,
-                first_column=head.first_column,
-                vocab_size=head.vocab_size,
-            )
-            grads.add_chunk(rows, logits)
+            if grads is not None:
+                kernels.row_grad_(
+                    logits,
+                    targets,
+                    maximum_N=softmax.maximum_N,
+                    inverse_sum_N=softmax.inverse_sum_N,
+                    grad_N=-reward_n,
+                    first_column=head.first_column,
+                    vocab_size=head.vocab_size,
+                )
         return loss
 
     targets_N, teacher_logp_N = targets_N.contiguous(), teacher_logp_N.contiguous()

@@ -15,13 +15,7 @@ from poweropd_megatron.ops.arguments import check_fp32
 from poweropd_megatron.ops.backends import IGNORED_TARGET, Softmaxes, kernels_for
 from poweropd_megatron.ops.compiled_rows import num_valid_columns
 from poweropd_megatron.ops.gradient_in_forward import gradient_in_forward
-from poweropd_megatron.ops.lm_head_tiles import (
-    Gradients,
-    LMHead,
-    chunk_buffer,
-    chunk_logits,
-    token_chunks,
-)
+from poweropd_megatron.ops.lm_head_tiles import Gradients, LMHead, logit_chunks
 from poweropd_megatron.ops.vocabulary_objectives import (
     Distributions,
     VocabularyObjective,
@@ -85,20 +79,13 @@ def fused_vocabulary_gradient(
     results_5N = hidden_NH.new_zeros(5, len(hidden_NH), dtype=torch.float32)
 
     def visit(grads: Gradients | None) -> Tensor:
-        chunks = token_chunks(hidden_NH, head, num_models=2)
-        buffers = [chunk_buffer(hidden_NH, either, chunks) for either in (head, teacher_head)]
-        for rows in chunks:
-            pair = _Pair(
-                head,
-                targets_N[rows],
-                chunk_logits(hidden_NH, head, rows, buffers[0]),
-                chunk_logits(teacher_hidden_NG, teacher_head, rows, buffers[1]),
-                objective,
-            )
+        of_student = logit_chunks(hidden_NH, head, grads, num_models=2)
+        of_teacher = logit_chunks(teacher_hidden_NG, teacher_head, None, num_models=2)
+        for (rows, logits), (_, teacher_logits) in zip(of_student, of_teacher, strict=True):
+            pair = _Pair(head, targets_N[rows], logits, teacher_logits, objective)
             results_5N[:, rows] = pair.results()
             if grads is not None:
                 pair.overwrite_by_gradient(weight_N[rows])
-                grads.add_chunk(rows, pair.student_logits)
         return (weight_N * results_5N[0]).sum()
 
     loss = gradient_in_forward(hidden_NH, head.weight_VpH, visit)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from poweropd_megatron.ops.backends import IGNORED_TARGET, Softmaxes, kernels_for
-from poweropd_megatron.ops.lm_head_tiles import Gradients, LMHead, logit_tiles
+from poweropd_megatron.ops.lm_head_tiles import Gradients, LMHead, Tile, logit_tiles
 from poweropd_megatron.ops.logprob import (
     TokenLogprobs,
     vocab_parallel_logprob,
@@ -37,14 +37,14 @@ def score(
     kernels = kernels_for(hidden_NH)
     stats_N4 = hidden_NH.new_tensor([-torch.inf, 0, -torch.inf, 0], dtype=torch.float32)
     stats_N4 = stats_N4.repeat(len(hidden_NH), 1)
-    for rows, columns, logits in logit_tiles(hidden_NH, head):
+    for tile in logit_tiles(hidden_NH, head):
         kernels.row_stats(
-            logits,
-            targets_N[rows],
-            first_column=head.first_column + columns.start,
+            tile.logits,
+            targets_N[tile.rows],
+            first_column=head.first_column + tile.columns.start,
             vocab_size=head.vocab_size,
             with_entropy=with_entropy,
-            stats_N4=stats_N4[rows],
+            stats_N4=stats_N4[tile.rows],
         )
     return head.combine(stats_N4, targets_N, with_entropy=with_entropy)
 
@@ -102,17 +102,17 @@ class _RecomputedLogprob(torch.autograd.Function):
         head, kernels = ctx.head, kernels_for(hidden_NH)
         grad_N = torch.where(targets_N == IGNORED_TARGET, 0.0, grad_N)
         grads = Gradients(hidden_NH, weight_VpH)
-        for rows, columns, logits in logit_tiles(hidden_NH, head):
+        for tile in logit_tiles(hidden_NH, head):
             kernels.row_grad_(
-                logits,
-                targets_N[rows],
-                maximum_N=maximum_N[rows],
-                inverse_sum_N=inverse_sum_N[rows],
-                grad_N=grad_N[rows],
-                first_column=head.first_column + columns.start,
+                tile.logits,
+                targets_N[tile.rows],
+                maximum_N=maximum_N[tile.rows],
+                inverse_sum_N=inverse_sum_N[tile.rows],
+                grad_N=grad_N[tile.rows],
+                first_column=head.first_column + tile.columns.start,
                 vocab_size=head.vocab_size,
             )
-            grads.add(rows, columns, logits)
+            grads.add(tile)
         return grads.hidden(), grads.weight(), None, None
 
 
@@ -129,5 +129,5 @@ class _Logits(torch.autograd.Function):
     def backward(ctx: Any, grad_NVp: Tensor) -> tuple[Tensor | None, ...]:
         hidden_NH, weight_VpH = ctx.saved_tensors
         grads = Gradients(hidden_NH, weight_VpH)
-        grads.add(slice(None), slice(None), grad_NVp)
+        grads.add(Tile(slice(None), slice(None), hidden_NH, weight_VpH, grad_NVp))
         return grads.hidden(), grads.weight(), None

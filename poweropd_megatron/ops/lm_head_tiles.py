@@ -5,6 +5,7 @@ Shapes: N tokens, H hidden, Vp columns of the vocabulary on this rank (padding i
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -19,10 +20,12 @@ from poweropd_megatron.ops.rows import LOGIT_DTYPES, check_targets
 TILE_BYTES = {"cpu": 16 << 20, "cuda": 512 << 20}
 """Logits, in fp32, of a tile: a CPU's stay near its cache, a GPU wants large products."""
 TILE_ROWS = {"cpu": 2048, "cuda": 8192}
-CHUNK_BYTES = {"cpu": 160 << 20, "cuda": 2 << 30}
+CHUNK_BYTES = {"cpu": 176 << 20, "cuda": 2 << 30}
 """Logits of the tokens that are visited at a time: whole rows of a rank's columns, padding not
-counted. The weight's
-gradient is read and written once a chunk, which a GPU's memory feels sooner."""
+counted. The weight's gradient is read and written once a chunk, which a GPU's memory feels sooner.
+"""
+WIDENED_CHUNK = 1.2
+"""Times as many where the weight has to be widened, which happens once a chunk, too."""
 _COLUMN_MULTIPLE = 128
 
 
@@ -96,6 +99,18 @@ def _check_main_grad(weight_VpH: Tensor) -> None:
         raise ValueError(f"{name} is on {main_grad.device}, expected {weight_VpH.device}")
 
 
+class Tile(NamedTuple):
+    """Some tokens' logits in some columns, [n, v], and what they are the product of."""
+
+    rows: slice
+    columns: slice
+    hidden: Tensor
+    """[n, H]."""
+    weight: Tensor
+    """[v, H]; of both, widened copies where the product needs them."""
+    logits: Tensor
+
+
 class Gradients:
     """fp32 sums of the gradients of hidden states and weight, over tiles of logits."""
 
@@ -112,19 +127,15 @@ class Gradients:
             self._sum_VpH = torch.zeros_like(weight_VpH, dtype=torch.float32)
         self._sum_NH = torch.zeros_like(hidden_NH, dtype=torch.float32)
 
-    def add(self, rows: slice, columns: slice, grad_logits: Tensor) -> None:
-        """Add what a tile of the logits' gradient gives."""
+    def add(self, tile: Tile) -> None:
+        """Add what a tile gives, whose logits have been overwritten by their gradient."""
+        grad_logits = tile.logits
         if grad_logits.is_cuda:
             # Once, for both products: tensor cores want operands of one type.
             grad_logits = grad_logits.to(self._weight_VpH.dtype)
-        add_product_(self._sum_NH[rows], grad_logits, self._weight_VpH[columns])
+        add_product_(self._sum_NH[tile.rows], grad_logits, tile.weight)
         if self._sum_VpH is not None:
-            add_product_(self._sum_VpH[columns], grad_logits.t(), self._hidden_NH[rows])
-
-    def add_chunk(self, rows: slice, grad_logits: Tensor) -> None:
-        """Add what the logits' gradient of a chunk of tokens gives, over all columns."""
-        for columns in product_tiles(self._weight_VpH, rows):
-            self.add(rows, columns, grad_logits[:, columns])
+            add_product_(self._sum_VpH[tile.columns], grad_logits.t(), tile.hidden)
 
     def hidden(self) -> Tensor:
         """Return the hidden states' gradient, in their dtype."""
@@ -137,20 +148,66 @@ class Gradients:
         return self._sum_VpH.to(self._weight_VpH.dtype)
 
 
-def logit_tiles(hidden_NH: Tensor, head: LMHead) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Yield (rows, columns, logits) over all tiles; each overwrites the one before."""
-    weight_VpH = head.weight_VpH
+def logit_tiles(hidden_NH: Tensor, head: LMHead) -> Iterator[Tile]:
+    """Yield all tiles; the logits of each overwrite those before."""
     row_tiles = even_slices(len(hidden_NH), TILE_ROWS[hidden_NH.device.type])
-    for columns in column_tiles(weight_VpH, row_tiles[0] if row_tiles else slice(0, 0)):
-        weight = weight_VpH[columns]
-        if is_widened(weight) and head.logits_dtype == torch.float32:
-            weight = weight.to(torch.float32)
+    tiles = column_tiles(head.weight_VpH, row_tiles[0] if row_tiles else slice(0, 0))
+    for columns, weight in _operands(head, tiles):
         for rows in row_tiles:
-            logits = hidden_NH.new_empty(
-                rows.stop - rows.start, len(weight), dtype=head.logits_dtype
-            )
-            product(hidden_NH[rows], weight.t(), out=logits)
-            yield rows, columns, logits
+            hidden = _operand(hidden_NH[rows], head)
+            logits = hidden.new_empty(len(hidden), len(weight), dtype=head.logits_dtype)
+            product(hidden, weight.t(), out=logits)
+            yield Tile(rows, columns, hidden, weight, logits)
+
+
+def logit_chunks(
+    hidden_NH: Tensor, head: LMHead, grads: Gradients | None, *, num_models: int = 1
+) -> Iterator[tuple[slice, Tensor]]:
+    """Yield (rows, logits) of chunks of whole rows, each in the place of the one before.
+
+    grads: what is left in the logits when the next chunk is asked for is taken for their gradient,
+    and what it gives is added to them. num_models: as for token_chunks.
+    Between two chunks each tile of the weight has its turn once, for the gradients of one and for
+    the logits of the next: where it has to be widened, that is half the work.
+    """
+    chunks = token_chunks(hidden_NH, head, num_models=num_models)
+    longest = chunks[0].stop if chunks else 0
+    buffer = hidden_NH.new_empty(longest, len(head.weight_VpH), dtype=head.logits_dtype)
+    tiles = [slice(0, len(head.weight_VpH))]
+    if _is_widened(head.weight_VpH):
+        tiles = column_tiles(head.weight_VpH, slice(0, longest))
+    before: tuple[slice, Tensor] | None = None
+    for rows in (*chunks, None):
+        if rows is None and grads is None:
+            return
+        after = None if rows is None else (rows, _operand(hidden_NH[rows], head))
+        for columns, weight in _operands(head, tiles):
+            if before is not None and grads is not None:
+                logits = buffer[: len(before[1]), columns]
+                grads.add(Tile(before[0], columns, before[1], weight, logits))
+            if after is not None:
+                product(after[1], weight.t(), out=buffer[: len(after[1]), columns])
+        if after is not None:
+            yield after[0], buffer[: len(after[1])]
+        before = after
+
+
+def _operands(head: LMHead, tiles: list[slice]) -> Iterator[tuple[slice, Tensor]]:
+    """Yield (columns, weight) of tiles, the weight as the products of this head take it: a widened
+    one in the place of the one before."""
+    weight_VpH = head.weight_VpH
+    room_vH: Tensor | None = None
+    if _is_widened(weight_VpH) and tiles:
+        widest = tiles[0].stop
+        room_vH = weight_VpH.new_empty(widest, weight_VpH.shape[1], dtype=head.logits_dtype)
+    for columns in tiles:
+        weight = weight_VpH[columns]
+        yield columns, weight if room_vH is None else room_vH[: len(weight)].copy_(weight)
+
+
+def _operand(hidden: Tensor, head: LMHead) -> Tensor:
+    """Return hidden states as the products of this head take them."""
+    return hidden.to(head.logits_dtype) if _is_widened(hidden) else hidden
 
 
 def token_chunks(hidden_NH: Tensor, head: LMHead, *, num_models: int = 1) -> list[slice]:
@@ -160,26 +217,10 @@ def token_chunks(hidden_NH: Tensor, head: LMHead, *, num_models: int = 1) -> lis
     """
     num_ranks = dist.get_world_size(head.tp_group)
     row_bytes = num_models * -(-head.vocab_size // num_ranks) * head.logits_dtype.itemsize
-    return even_slices(len(hidden_NH), CHUNK_BYTES[hidden_NH.device.type] // row_bytes)
-
-
-def chunk_buffer(hidden_NH: Tensor, head: LMHead, chunks: list[slice]) -> Tensor:
-    """Return room for the logits of the longest of the chunks, [n, Vp] in the logits' dtype."""
-    longest = chunks[0].stop if chunks else 0
-    return hidden_NH.new_empty(longest, len(head.weight_VpH), dtype=head.logits_dtype)
-
-
-def chunk_logits(hidden_NH: Tensor, head: LMHead, rows: slice, buffer: Tensor) -> Tensor:
-    """Return the logits of a chunk of tokens, [n, Vp], written to the buffer."""
-    logits = buffer[: rows.stop - rows.start]
-    for columns in product_tiles(head.weight_VpH, rows):
-        product(hidden_NH[rows], head.weight_VpH[columns].t(), out=logits[:, columns])
-    return logits
-
-
-def product_tiles(weight_VpH: Tensor, rows: slice) -> list[slice]:
-    """Return the columns to be multiplied at a time: all, unless their weights are widened."""
-    return column_tiles(weight_VpH, rows) if is_widened(weight_VpH) else [slice(0, len(weight_VpH))]
+    most_bytes = CHUNK_BYTES[hidden_NH.device.type]
+    if _is_widened(head.weight_VpH):
+        most_bytes = int(WIDENED_CHUNK * most_bytes)
+    return even_slices(len(hidden_NH), most_bytes // row_bytes)
 
 
 def column_tiles(weight_VpH: Tensor, rows: slice) -> list[slice]:
@@ -189,15 +230,15 @@ def column_tiles(weight_VpH: Tensor, rows: slice) -> list[slice]:
     """
     num_columns, hidden_size = weight_VpH.shape
     height = max(1, rows.stop - rows.start)
-    if is_widened(weight_VpH):
+    if _is_widened(weight_VpH):
         height = max(height, hidden_size)
     width = TILE_BYTES[weight_VpH.device.type] // (4 * height)
     return even_slices(num_columns, width, multiple=_COLUMN_MULTIPLE)
 
 
-def is_widened(weight_VpH: Tensor) -> bool:
-    """Return whether a CPU multiplies with an fp32 copy of the weight, for fp32 results."""
-    return weight_VpH.dtype != torch.float32 and not weight_VpH.is_cuda
+def _is_widened(tensor: Tensor) -> bool:
+    """Return whether a CPU multiplies with an fp32 copy of this, for fp32 results."""
+    return tensor.dtype != torch.float32 and not tensor.is_cuda
 
 
 def even_slices(total: int, longest: int, *, multiple: int = 1) -> list[slice]:
