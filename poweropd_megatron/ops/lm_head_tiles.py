@@ -20,7 +20,7 @@ from poweropd_megatron.ops.rows import LOGIT_DTYPES, check_targets
 TILE_BYTES = {"cpu": 16 << 20, "cuda": 512 << 20}
 """Logits, in fp32, of a tile: a CPU's stay near its cache, a GPU wants large products."""
 TILE_ROWS = {"cpu": 2048, "cuda": 8192}
-CHUNK_BYTES = {"cpu": 176 << 20, "cuda": 2 << 30}
+CHUNK_BYTES = {"cpu": 168 << 20, "cuda": 2 << 30}
 """Logits of the tokens that are visited at a time: whole rows of a rank's columns, padding not
 counted. The weight's gradient is read and written once a chunk, which a GPU's memory feels sooner.
 """
