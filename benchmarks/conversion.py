@@ -43,7 +43,7 @@ def main() -> None:
     print(
         f"interpreter: {interpreter_bytes / 2**20:.0f} MiB, {figures['interpreter_seconds']:.1f} s"
     )
-    print(f"{'':36}{'cp -r':>9}{'import':>9}{'export':>9}{'':5}{'of cp':>7}{'':8}{'memory':>14}")
+    print(f"{'':38}{'cp -r':>9}{'import':>9}{'export':>9}{'':5}{'of cp':>7}{'':8}{'memory':>14}")
     for name, config in models.items():
         with tempfile.TemporaryDirectory(prefix="conversion-") as place:
             figures |= measure(name, config, Path(place), rounds)
@@ -80,7 +80,7 @@ def measure(name: str, config: dict[str, object], place: Path, rounds: int) -> d
         figures |= {f"{verb}_seconds{suffix}_{name}": value for verb, value in seconds.items()}
         label = "" if suffix else f"{name}, {num_bytes / 1e9:.2f} GB"
         print(
-            f"{label:26}{'in cache' if suffix else 'on disk':10}"
+            f"{label:28}{'in cache' if suffix else 'on disk':10}"
             + "".join(f"{value:7.2f} s" for value in seconds.values())
             + "".join(f"{seconds['cp'] / seconds[verb]:7.2f}x" for verb in VERBS)
             + "".join(f"{peaks[verb] / 2**20:8.0f} MiB" for verb in VERBS),
