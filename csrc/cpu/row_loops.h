@@ -2,7 +2,6 @@
 // once, in a translation unit of its own, so nothing in here may be shared between units.
 #pragma once
 #include <algorithm>
-#include <limits>
 
 #include "numerics.h"
 #include "row_loops_table.h"
