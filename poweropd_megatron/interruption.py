@@ -2,6 +2,7 @@
 
 import ctypes
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -59,6 +60,22 @@ def raised() -> Iterator[None]:
         if isinstance(error, Interrupted):
             raise
         raise Interrupted(_received[0]) from None
+
+
+@contextmanager
+def ending_at_once() -> Iterator[None]:
+    """Let a signal end the process at once in the block, which does nothing but wait in C, where
+    Interrupted would come only when the wait is over."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    heard = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in heard}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def end_with_parent() -> None:

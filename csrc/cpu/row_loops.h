@@ -34,7 +34,9 @@ int64_t columns_of_stream(int64_t columns) {
   return columns / (kStreams * kStep) * kStep;
 }
 
-// A row's state while columns are added to it, in fp64: fp32 alone would lose a digit.
+// A row's state while columns are added to it, in fp64: fp32 alone would lose a digit. A type for
+// each instruction set, whose functions no other unit has.
+template <class Simd>
 struct RunningState {
   float maximum = negative_infinity();
   double sum = 0.0, weighted = 0.0;
@@ -50,7 +52,7 @@ struct RunningState {
 
 // Adds columns to a row's state; each(visit) calls visit(stream, logits) for every vector of them.
 template <class Simd, bool kEntropy, class Each>
-void add_columns(RunningState& state, Each each) {
+void add_columns(RunningState<Simd>& state, Each each) {
   using Float = typename Simd::Float;
   static_assert(kStreams == 4, "as many parts are merged below");
   Float parts[kStreams];
@@ -81,7 +83,7 @@ SoftmaxState row_state(const T* row, int64_t columns) {
   using Float = typename Simd::Float;
   constexpr int kLanes = Simd::kLanes;
   const int64_t length = columns_of_stream<Simd>(columns);
-  RunningState state;
+  RunningState<Simd> state;
   for (int64_t begin = 0; begin < length; begin += kBlock) {
     const int64_t end = std::min(begin + kBlock, length);
     add_columns<Simd, kEntropy>(state, [&](auto visit) {

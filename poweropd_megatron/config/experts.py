@@ -1,5 +1,7 @@
 """How a model's experts are shared out over ranks."""
 
+import math
+
 from poweropd_megatron.config.choices import divisors, listed
 from poweropd_megatron.config.schema import ParallelConfig
 from poweropd_megatron.errors import ConfigError
@@ -23,7 +25,8 @@ def check_expert_ranks(name: str, parallel: ParallelConfig, world_size: int) -> 
         raise ConfigError(
             f"{name}.parallel.expert_model_parallel_size = {expert} must divide the ranks of a "
             f"pipeline stage ({ranks}), and divide or be a multiple of "
-            f"{name}.parallel.tensor_model_parallel_size = {tensor}; {listed(working)} would work"
+            f"{name}.parallel.tensor_model_parallel_size = {tensor}; {listed(working)} would work "
+            "if they divide the experts"
         )
 
 
@@ -44,9 +47,16 @@ def check_experts(name: str, parallel: ParallelConfig, num_moe_experts: int | No
             )
         return
     if num_moe_experts % expert:
+        tensor = parallel.tensor_model_parallel_size
+        # Divisors of a size that the ranks can share, so the ranks can share these too.
+        working = [
+            size
+            for size in divisors(math.gcd(num_moe_experts, expert))
+            if size % tensor == 0 or tensor % size == 0
+        ]
         raise ConfigError(
             f"{name}.{setting} = {expert} must divide the {name}'s experts ({num_moe_experts}); "
-            f"{listed(divisors(num_moe_experts))} would work"
+            f"{listed(working)} would work"
         )
     if parallel.tensor_model_parallel_size > 1 and not parallel.sequence_parallel:
         raise ConfigError(

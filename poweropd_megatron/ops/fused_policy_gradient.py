@@ -14,7 +14,7 @@ from poweropd_megatron.objectives.loss import policy_gradient_loss
 from poweropd_megatron.ops.arguments import check_fp32
 from poweropd_megatron.ops.backends import IGNORED_TARGET, kernels_for
 from poweropd_megatron.ops.gradient_in_forward import gradient_in_forward
-from poweropd_megatron.ops.lm_head_tiles import Gradients, LMHead, logit_chunks
+from poweropd_megatron.ops.lm_head_tiles import Gradients, LMHead, logit_chunks, token_chunks
 
 
 class PolicyGradient(NamedTuple):
@@ -67,7 +67,7 @@ def fused_policy_gradient(
     def visit(grads: Gradients | None) -> Tensor:
         kernels = kernels_for(hidden_NH)
         loss = logp_N.new_zeros(())
-        for rows, logits in logit_chunks(hidden_NH, head, grads):
+        for rows, logits in logit_chunks(hidden_NH, head, token_chunks(hidden_NH, head), grads):
             targets = targets_N[rows]
             stats = kernels.row_stats(
                 logits, targets, first_column=head.first_column, vocab_size=head.vocab_size
@@ -76,7 +76,9 @@ def fused_policy_gradient(
             reward_n = reward(teacher_logp_N[rows], softmax.logp_N)
             check_fp32("what reward returns", reward_n, targets.shape, targets.device)
             if weight is not None:
-                reward_n = weight(rows, softmax.logp_N) * reward_n
+                weight_n = weight(rows, softmax.logp_N)
+                check_fp32("what weight returns", weight_n, targets.shape, targets.device)
+                reward_n = weight_n * reward_n
             reward_n = torch.where(targets == IGNORED_TARGET, 0.0, reward_n)
             loss += policy_gradient_loss(softmax.logp_N, reward_n)
             assert softmax.entropy_N is not None

@@ -15,7 +15,7 @@ from poweropd_megatron.ops.arguments import check_fp32
 from poweropd_megatron.ops.backends import IGNORED_TARGET, Softmaxes, kernels_for
 from poweropd_megatron.ops.compiled_rows import num_valid_columns
 from poweropd_megatron.ops.gradient_in_forward import gradient_in_forward
-from poweropd_megatron.ops.lm_head_tiles import Gradients, LMHead, logit_chunks
+from poweropd_megatron.ops.lm_head_tiles import Gradients, LMHead, logit_chunks, token_chunks
 from poweropd_megatron.ops.vocabulary_objectives import (
     Distributions,
     VocabularyObjective,
@@ -75,12 +75,14 @@ def fused_vocabulary_gradient(
     if weight_N is None:
         weight_N = hidden_NH.new_ones(len(hidden_NH), dtype=torch.float32)
     check_fp32("weight_N", weight_N, targets_N.shape, targets_N.device)
+    weight_N = torch.where(targets_N == IGNORED_TARGET, 0.0, weight_N)
     targets_N = targets_N.contiguous()
     results_5N = hidden_NH.new_zeros(5, len(hidden_NH), dtype=torch.float32)
 
     def visit(grads: Gradients | None) -> Tensor:
-        of_student = logit_chunks(hidden_NH, head, grads, num_models=2)
-        of_teacher = logit_chunks(teacher_hidden_NG, teacher_head, None, num_models=2)
+        chunks = token_chunks(hidden_NH, head, teacher_head)
+        of_student = logit_chunks(hidden_NH, head, chunks, grads)
+        of_teacher = logit_chunks(teacher_hidden_NG, teacher_head, chunks, None)
         for (rows, logits), (_, teacher_logits) in zip(of_student, of_teacher, strict=True):
             pair = _Pair(head, targets_N[rows], logits, teacher_logits, objective)
             results_5N[:, rows] = pair.results()

@@ -3,7 +3,7 @@
 Shapes: N tokens, H hidden, Vp columns of the vocabulary on this rank (padding included).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -151,26 +151,28 @@ class Gradients:
 def logit_tiles(hidden_NH: Tensor, head: LMHead) -> Iterator[Tile]:
     """Yield all tiles; the logits of each overwrite those before."""
     row_tiles = even_slices(len(hidden_NH), TILE_ROWS[hidden_NH.device.type])
-    tiles = column_tiles(head.weight_VpH, row_tiles[0] if row_tiles else slice(0, 0))
+    tallest = row_tiles[0] if row_tiles else slice(0, 0)
+    tiles = column_tiles(head.weight_VpH, tallest)
+    widest = tiles[0].stop if tiles else 0
+    room = hidden_NH.new_empty(tallest.stop * widest, dtype=head.logits_dtype)
     for columns, weight in _operands(head, tiles):
         for rows in row_tiles:
             hidden = _operand(hidden_NH[rows], head)
-            logits = hidden.new_empty(len(hidden), len(weight), dtype=head.logits_dtype)
+            logits = room[: len(hidden) * len(weight)].view(len(hidden), len(weight))
             product(hidden, weight.t(), out=logits)
             yield Tile(rows, columns, hidden, weight, logits)
 
 
 def logit_chunks(
-    hidden_NH: Tensor, head: LMHead, grads: Gradients | None, *, num_models: int = 1
+    hidden_NH: Tensor, head: LMHead, chunks: Sequence[slice], grads: Gradients | None
 ) -> Iterator[tuple[slice, Tensor]]:
     """Yield (rows, logits) of chunks of whole rows, each in the place of the one before.
 
-    grads: what is left in the logits when the next chunk is asked for is taken for their gradient,
-    and what it gives is added to them. num_models: as for token_chunks.
+    chunks: those of token_chunks. grads: what is left in the logits when the next chunk is asked
+    for is taken for their gradient, and what it gives is added to them.
     Between two chunks each tile of the weight has its turn once, for the gradients of one and for
     the logits of the next: where it has to be widened, that is half the work.
     """
-    chunks = token_chunks(hidden_NH, head, num_models=num_models)
     longest = chunks[0].stop if chunks else 0
     buffer = hidden_NH.new_empty(longest, len(head.weight_VpH), dtype=head.logits_dtype)
     tiles = [slice(0, len(head.weight_VpH))]
@@ -210,15 +212,17 @@ def _operand(hidden: Tensor, head: LMHead) -> Tensor:
     return hidden.to(head.logits_dtype) if _is_widened(hidden) else hidden
 
 
-def token_chunks(hidden_NH: Tensor, head: LMHead, *, num_models: int = 1) -> list[slice]:
-    """Return slices of the tokens whose logits, those of num_models together, fit in CHUNK_BYTES.
+def token_chunks(hidden_NH: Tensor, *heads: LMHead) -> list[slice]:
+    """Return slices of the tokens whose logits, those of all heads together, fit in CHUNK_BYTES.
 
-    They depend on what is the same on all ranks of the head, which have to have the same chunks.
+    They depend on what is the same on all ranks of a head, which have to have the same chunks.
     """
-    num_ranks = dist.get_world_size(head.tp_group)
-    row_bytes = num_models * -(-head.vocab_size // num_ranks) * head.logits_dtype.itemsize
+    row_bytes = sum(
+        -(-head.vocab_size // dist.get_world_size(head.tp_group)) * head.logits_dtype.itemsize
+        for head in heads
+    )
     most_bytes = CHUNK_BYTES[hidden_NH.device.type]
-    if _is_widened(head.weight_VpH):
+    if all(_is_widened(head.weight_VpH) for head in heads):
         most_bytes = int(WIDENED_CHUNK * most_bytes)
     return even_slices(len(hidden_NH), most_bytes // row_bytes)
 
@@ -244,7 +248,8 @@ def _is_widened(tensor: Tensor) -> bool:
 def even_slices(total: int, longest: int, *, multiple: int = 1) -> list[slice]:
     """Return the fewest slices of at most `longest`, about equal, that cover 0 to `total`.
 
-    Their lengths are multiples of `multiple`, but for the last; at least one each.
+    Their lengths are multiples of `multiple`, but for the last; they are made longer by less than
+    that to be so, and are at least one each.
     """
     count = -(-total // max(longest, multiple))
     length = -(-total // (max(count, 1) * multiple)) * multiple

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from poweropd_megatron.errors import UserError
-from poweropd_megatron.interruption import Interrupted
+from poweropd_megatron.interruption import Interrupted, ending_at_once
 from poweropd_megatron.parallel import cpu_device
 
 
@@ -32,11 +32,12 @@ def start(*, timeout_minutes: float) -> torch.device:
         os.environ.setdefault(name, default)
     if os.environ["WORLD_SIZE"] == "1":
         os.environ.setdefault("MASTER_PORT", "0")
-    dist.init_process_group(
-        backend,
-        timeout=timedelta(minutes=timeout_minutes),
-        device_id=device if device.type == "cuda" else None,
-    )
+    with ending_at_once():  # It waits for the other ranks, up to the timeout.
+        dist.init_process_group(
+            backend,
+            timeout=timedelta(minutes=timeout_minutes),
+            device_id=device if device.type == "cuda" else None,
+        )
     return device
 
 

@@ -181,11 +181,13 @@ def test_log_probs_of_the_teacher_that_do_not_fit_are_refused(bad: str, head: LM
     refused(lambda: CALLS["fused"](batch.hidden_NH, head, batch), f"teacher_logp_N {message}")
 
 
+@pytest.mark.parametrize("what", ["reward", "weight"])
 @pytest.mark.parametrize("bad", BAD_FP32)
-def test_rewards_that_do_not_fit_are_refused_before_they_reach_main_grad(
-    bad: str, head: LMHead
+def test_what_functions_return_and_does_not_fit_is_refused_before_it_reaches_main_grad(
+    bad: str, what: str, head: LMHead
 ) -> None:
     values_N, message = BAD_FP32[bad]
+    functions = {"reward": power, "weight": None, what: lambda _first, _second: values_N}
     batch, weight = CASE.batch(), torch.nn.Parameter(head.weight_VpH.detach())
     weight.main_grad = torch.zeros_like(weight.data)
     refused(
@@ -194,9 +196,9 @@ def test_rewards_that_do_not_fit_are_refused_before_they_reach_main_grad(
             replace(head, weight_VpH=weight),
             batch.targets_N,
             batch.teacher_logp_N,
-            lambda _teacher, _student: values_N,
+            **functions,
         ),
-        f"what reward returns {message}",
+        f"what {what} returns {message}",
     )
     assert not weight.main_grad.any()
 

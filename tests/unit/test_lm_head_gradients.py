@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from poweropd_megatron.ops import lm_head_tiles
 from poweropd_megatron.ops.lm_head import score
-from poweropd_megatron.ops.lm_head_tiles import LMHead
+from poweropd_megatron.ops.lm_head_tiles import LMHead, logit_tiles
 from poweropd_megatron.parallel.layout import Layout
 
 ROUNDING = 5e-6
@@ -283,3 +283,16 @@ def test_a_few_tokens_never_widen_the_whole_bf16_weight(
         else:
             loss_of(kind, batch.hidden_NH, head, batch, power)
     assert seen.num_elements <= max(64 * 128, 3 * 5000) < batch.weight_VpH.numel() / 10
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_tiles_lie_in_one_place_with_one_widened_weight(
+    make_head: MakeHead, dtype: torch.dtype
+) -> None:
+    batch = Case(dtype=dtype).batch()
+    head = make_head(batch.weight_VpH)
+    tiles = list(logit_tiles(batch.hidden_NH, head))
+    assert len(tiles) > 4
+    assert len({tile.logits.data_ptr() for tile in tiles}) == 1
+    num_weights = len({tile.weight.data_ptr() for tile in tiles})
+    assert num_weights == (1 if dtype == torch.bfloat16 else len({t.columns.start for t in tiles}))

@@ -17,6 +17,8 @@ from torch import Tensor
 from poweropd_megatron.objectives.rewards import Reward
 from poweropd_megatron.objectives.sampled.log_ratio import log_ratio_reward
 from poweropd_megatron.objectives.sampled.power import power_reward
+from poweropd_megatron.ops import lm_head_tiles
+from poweropd_megatron.ops.backends import IGNORED_TARGET
 from poweropd_megatron.ops.fused_policy_gradient import fused_policy_gradient
 from poweropd_megatron.ops.fused_vocabulary_gradient import (
     VocabularyGradient,
@@ -226,3 +228,41 @@ def test_heads_that_are_cut_differently_are_refused(layout: Layout) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             fused_vocabulary_gradient(hidden, heads[0], hidden, other, targets_N, ReverseKL())
+
+
+@pytest.mark.parametrize("is_student_bf16", [True, False])
+def test_models_of_two_types_are_cut_into_the_same_chunks(
+    is_student_bf16: bool, layout: Layout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bf16 weight by itself would get longer chunks: 6 rows instead of 5."""
+    student_NV, teacher_NV = random_logits(num_tokens=23)
+    targets_N = torch.zeros(23, dtype=torch.int64)
+    types = [torch.bfloat16, torch.float32]
+    if not is_student_bf16:
+        types.reverse()
+    student_NV, teacher_NV = (x.to(t) for x, t in zip((student_NV, teacher_NV), types, strict=True))
+    whole, _ = of_logits(student_NV.float(), teacher_NV.float(), PowerExact(2.0), layout)
+    monkeypatch.setattr(lm_head_tiles, "CHUNK_BYTES", {"cpu": 5 * 2 * 4 * V})
+    heads = [
+        LMHead(weight_VpH=torch.eye(V, dtype=t), vocab_size=V, tp_group=layout.groups.tp)
+        for t in types
+    ]
+    cut = fused_vocabulary_gradient(
+        student_NV, heads[0], teacher_NV, heads[1], targets_N, PowerExact(2.0)
+    )
+    assert torch.equal(cut.loss_N, whole.loss_N)
+
+
+def test_the_weight_of_an_ignored_token_may_be_anything(layout: Layout) -> None:
+    student_NV, teacher_NV = random_logits(num_tokens=3)
+    head, leaf_NV = identity_head(layout), student_NV.clone().requires_grad_()
+    targets_N = torch.tensor([0, IGNORED_TARGET, 2])
+    weight_N = torch.tensor([1.0, torch.nan, 2.0])
+    result = fused_vocabulary_gradient(
+        leaf_NV, head, teacher_NV, head, targets_N, ReverseKL(), weight_N
+    )
+    result.loss.backward()
+    assert result.loss.isfinite()
+    assert leaf_NV.grad is not None
+    assert leaf_NV.grad.isfinite().all()
+    assert (leaf_NV.grad[1] == 0).all()

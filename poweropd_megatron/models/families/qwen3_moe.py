@@ -15,7 +15,8 @@ from poweropd_megatron.models.model_config import ExpertsConfig, ModelConfig
 def read_config(file: ConfigFile) -> ModelConfig:
     """Return the shape that a Qwen3-MoE's config.json states.
 
-    Raises: InputError if some layers have no experts, which no published model has.
+    Raises: InputError if some layers have no experts, or tokens a single one of weight 1; no
+    published model is so.
     """
     file.refuse_truthy("mlp_only_layers")
     file.refuse_unless("decoder_sparse_step", 1)
@@ -32,6 +33,11 @@ def read_config(file: ConfigFile) -> ModelConfig:
         raise file.error(
             f"num_experts_per_tok is {experts.moe_router_topk}, more than the "
             f"{experts.num_moe_experts} experts"
+        )
+    if experts.moe_router_topk == 1 and experts.norm_topk_prob:
+        raise file.error(
+            "num_experts_per_tok is 1 and norm_topk_prob is true: Megatron's router gives the one "
+            "expert of a token its probability as its weight, not 1"
         )
     return replace(dense, experts=experts)
 
