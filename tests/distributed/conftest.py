@@ -7,6 +7,7 @@ from support.rank_pool import RankPool
 
 STUDENT = {"num_hidden_layers": 4, "vocab_size": 37}
 """37 columns leave one to pad at TP 2."""
+EXPERTS = ("experts", "loose")
 TEACHER = {"num_hidden_layers": 2, "vocab_size": 41, "hidden_size": 32, "intermediate_size": 56}
 """Another shape, and tokens that the student doesn't have."""
 
@@ -24,13 +25,14 @@ def ranks() -> RankPool:
 
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Return the folders of student and teacher, each tied, untied and with experts (tied)."""
+    """Return the folders of student and teacher, each tied, untied and with experts (tied), whose
+    weights sum to 1 or, as "loose", don't."""
     root = tmp_path_factory.mktemp("models")
     folders = {}
     for model, seed, changes in (("student", 0, STUDENT), ("teacher", 3, TEACHER)):
-        for kind in ("tied", "untied", "experts"):
+        for kind in ("tied", "untied", "experts", "loose"):
             folder = root / f"{model}-{kind}"
-            experts = MOE if kind == "experts" else {}
+            experts = MOE | {"norm_topk_prob": kind == "experts"} if kind in EXPERTS else {}
             qwen3_folder.write(
                 folder,
                 seed=seed,

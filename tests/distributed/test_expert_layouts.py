@@ -85,6 +85,7 @@ CASES = [
         ("tied", "experts"),
     ),
     (row("disjoint-EP2", 4, parallel(expert=2), teacher_ranks=2), BOTH),
+    (row("EP2-weights-below-1", 2, parallel(expert=2)), ("loose", "loose")),
 ]
 
 

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -81,3 +83,33 @@ def test_a_run_that_has_not_begun_is_interrupted_without_a_traceback(tmp_path):
     assert "Traceback" not in said.stderr
     everything = said.stdout + said.stderr
     assert everything.count("interrupted by") + everything.count("interrupted after") == 1
+
+
+def test_a_rank_that_waits_for_the_others_ends_at_once():
+    """It waits in C, where no exception can be raised."""
+    code = """
+from poweropd_megatron.interruption import raising
+from poweropd_megatron.parallel import world
+
+join = world.dist.init_process_group
+
+def tell_and_join(*args, **kwargs):
+    print("waiting", flush=True)
+    join(*args, **kwargs)
+
+world.dist.init_process_group = tell_and_join
+with raising(), world.joined(timeout_minutes=5):
+    pass
+"""
+    first = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, env=os.environ | first
+    ) as rank:
+        assert rank.stdout.readline() == b"waiting\n"
+        with pytest.raises(subprocess.TimeoutExpired):
+            rank.wait(timeout=2)
+        rank.terminate()
+        try:
+            assert rank.wait(timeout=20) == -signal.SIGTERM
+        finally:
+            rank.kill()

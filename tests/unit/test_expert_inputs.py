@@ -30,9 +30,10 @@ def config(tmp_path: Path, student_folder: Path, teacher_folder: Path) -> TrainC
     return config
 
 
-def put_experts(folder: str) -> None:
+def put_experts(folder: str, num_experts: int = 4) -> None:
     """Make a Qwen3-MoE of a model, for the bundled tokenizer."""
-    qwen3_folder.write(Path(folder), vocab_size=24, **qwen3_folder.MOE)
+    changes = qwen3_folder.MOE | {"num_experts": num_experts}
+    qwen3_folder.write(Path(folder), vocab_size=24, **changes)
 
 
 def refused(config: TrainConfig, kind: type[Exception], *parts: str, world_size: int = 1) -> None:
@@ -62,6 +63,8 @@ def test_a_model_with_experts_is_accepted_and_refused_where_ranks_cannot_share_t
         "experts (4); 1, 2 or 4 would work",
         world_size=8,
     )
+    put_experts(getattr(config, model).path, num_experts=6)
+    refused(config, ConfigError, "experts (6); 1 or 2 would work", world_size=8)
     parallel.expert_model_parallel_size = 1
     parallel.tensor_model_parallel_size = 2
     refused(config, ConfigError, f"needs {model}.parallel.sequence_parallel = true", world_size=2)

@@ -24,7 +24,7 @@ EXPERTS = DENSE | {"num_moe_experts": 6, "ffn_hidden_size": 6145}
     ("shape", "sizes", "words"),
     [
         (DENSE, (1, 2, False), "student.path is a dense model: set it to 1"),
-        (EXPERTS, (1, 4, False), "must divide the student's experts (6); 1, 2, 3 or 6 would"),
+        (EXPERTS, (1, 4, False), "must divide the student's experts (6); 1 or 2 would"),
         (EXPERTS, (2, 2, False), "needs student.parallel.sequence_parallel = true: set that"),
     ],
 )

@@ -83,3 +83,16 @@ def test_experts_in_bf16_err_no_more_than_bf16_rounding_where_no_token_changes_i
         exact = rounded.logits(ids)
     root_mean_square = (ours.double() - exact).square().mean().sqrt()
     assert root_mean_square < 6 * 2**-8 * exact.std()
+
+
+def test_the_router_of_a_bf16_model_decides_in_fp32(folder: Path, layout: Layout) -> None:
+    """Rounded logits would tie or swap experts whose logits differ by less than bf16's spacing."""
+    model = read_model_config(folder, setting="student.path")
+    [chunk] = build_model(model, layout, folder=str(folder), dtype="bf16", setting="student.path")
+    router = chunk.decoder.layers[0].mlp.router
+    generator = torch.Generator().manual_seed(1)
+    hidden_SBH = torch.randn(5, 2, model.hidden_size, generator=generator).bfloat16()
+    logits = router.gating(hidden_SBH)
+    expected = hidden_SBH.double() @ router.weight.double().t()
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(logits.double(), expected, rtol=1e-5, atol=1e-5)

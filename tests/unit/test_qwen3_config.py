@@ -164,6 +164,7 @@ def test_the_bundled_models_are_read(student_folder: Path, teacher_folder: Path)
         (MOE | {"num_experts": MISSING}, "num_experts is None, expected an integer above 0"),
         (MOE | {"num_experts": 0}, "num_experts is 0, expected an integer above 0"),
         (MOE | {"num_experts_per_tok": 5}, "num_experts_per_tok is 5, more than the 4 experts"),
+        (MOE | {"num_experts_per_tok": 1}, "num_experts_per_tok is 1 and norm_topk_prob is true"),
         (MOE | {"moe_intermediate_size": MISSING}, "moe_intermediate_size is None, expected an"),
     ],
     ids=str,
