@@ -35,7 +35,7 @@ def all_methods(**changes):
     """Return made results in which every claim shows."""
     power = {"accuracy_mean": [0.8], "accuracy_final": [0.9], "grad_norm_median": [0.3]}
     other = {"accuracy_mean": [0.5], "accuracy_final": [0.6], "grad_norm_median": [4.0]}
-    power |= {"accuracy_lowest": [0.4], "avg@4_final": [0.7]}
+    power |= {"accuracy_start": [0.4], "accuracy_lowest": [0.38], "avg@4_final": [0.7]}
     other |= {"avg@4_final": [0.5]}
     methods = dict.fromkeys(("power_0.1", "power_1", "power_5"), power)
     methods |= dict.fromkeys(("log_ratio", "clip", "tanh", "z_score", "reverse_kl"), other)
@@ -61,6 +61,7 @@ def test_every_claim_shows_where_the_numbers_say_so(fill):
     ("number", "changes"),
     [
         (0, {"log_ratio": {"accuracy_lowest": [0.3, 0.36, 0.4]}}),
+        (0, {"power_5": {"accuracy_lowest": [0.34]}}),
         (1, {"log_ratio": {"grad_norm_median": [2.9]}}),
         (2, {"clip": {"grad_norm_median": [0.2]}}),
         (3, {"tanh": {"accuracy_mean": [0.79]}}),
