@@ -107,9 +107,13 @@ class MathChecker:
             self._worker = _start_worker(self._memory_bytes)
         request = json.dumps({"response": response, "answer": answer, "tolerance": tolerance})
         reply = _exchange(self._worker, request, self.deadline_seconds)
-        if isinstance(reply, str):
-            return Verdict(**json.loads(reply))
-        return Verdict(correct=False, failure="deadline" if reply is _Silence.EXPIRED else "crash")
+        if reply is _Silence.EXPIRED:
+            return Verdict(correct=False, failure="deadline")
+        verdict = _read_verdict(reply) if isinstance(reply, str) else None
+        if verdict is None:
+            _stop(self._worker)
+            return Verdict(correct=False, failure="crash")
+        return verdict
 
     def close(self) -> None:
         """End the worker."""
@@ -138,6 +142,14 @@ def _start_worker(memory_bytes: int) -> Worker:
             "data.answer_check = 'exact'"
         )
     return worker
+
+
+def _read_verdict(reply: str) -> Verdict | None:
+    """Return the verdict of a worker's line; None if the line is none."""
+    try:
+        return Verdict(**json.loads(reply))
+    except (ValueError, TypeError):
+        return None
 
 
 class _Silence(Enum):

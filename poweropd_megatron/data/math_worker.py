@@ -4,15 +4,20 @@ It prints "ready" and then, for each line {"response", "answer", "tolerance"} th
 line: the fields of an answers.Verdict. It ends with its standard input, and a minute into any one
 request, so that it doesn't outlive a parent that was killed. A request that needs more memory than
 the command line allows, in bytes, is given up. It is run as a file and imports nothing of this
-package.
+package. What libraries print to standard output goes to standard error.
 """
 
-import json
-import logging
-import resource
-import signal
-import sys
-from typing import Any
+import os
+
+REPLIES = os.fdopen(os.dup(1), "w", encoding="utf-8")
+os.dup2(2, 1)
+
+import json  # noqa: E402
+import logging  # noqa: E402
+import resource  # noqa: E402
+import signal  # noqa: E402
+import sys  # noqa: E402
+from typing import Any  # noqa: E402
 
 signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then ends this.
 
@@ -78,7 +83,7 @@ def main() -> None:
     logger.propagate = False
     memory_bytes = int(sys.argv[1])
     resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
-    print("ready", flush=True)
+    print("ready", file=REPLIES, flush=True)
     for line in sys.stdin:
         signal.alarm(ORPHAN_SECONDS)
         watch.seen = False
@@ -88,7 +93,7 @@ def main() -> None:
             watch.seen = True
         if watch.seen:
             verdict = {"correct": False, "failure": "memory"}
-        print(json.dumps(verdict), flush=True)
+        print(json.dumps(verdict), file=REPLIES, flush=True)
         signal.alarm(0)
 
 

@@ -203,3 +203,47 @@ def test_a_response_that_needs_too_much_memory_is_not_judged() -> None:
     assert not verdict.correct
     assert checker.check(r"\boxed{5}", "5").correct
     checker.close()
+
+
+TALKATIVE_LIBRARY = """
+import os
+
+print("loaded")
+os.write(1, b"loaded, says C\\n")
+
+def parse(text, parsing_timeout):
+    print("a line", flush=True)
+    os.system("echo a line of a child")
+    return [text]
+
+def verify(gold, target, timeout_seconds):
+    print("no end of line", end="", flush=True)
+    return True
+"""
+
+
+def test_what_libraries_print_is_no_reply(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "math_verify.py").write_text(TALKATIVE_LIBRARY)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    checker = MathChecker()
+    for response in ("5", "6"):
+        assert checker.check(response, "5") == Verdict(correct=True, extracted=response)
+    checker.close()
+
+
+@pytest.mark.parametrize("reply", ["a warning", "[1]", "7", "{}", '{"correct": true, "x": 1}'])
+def test_a_reply_that_is_no_verdict_is_a_crash_and_the_worker_is_replaced(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, reply: str
+) -> None:
+    worker = tmp_path / "python"
+    monkeypatch.setattr(sys, "executable", str(worker))
+    script = "#!/bin/sh\necho ready\nread request\necho '{}'\nread more\n"
+    worker.write_text(script.format(reply))
+    worker.chmod(0o755)
+    checker = MathChecker()
+    first = checker._worker
+    assert checker.check("5", "5") == Verdict(correct=False, failure="crash")
+    assert first.poll() is not None
+    worker.write_text(script.format('{"correct": true}'))
+    assert checker.check("5", "5") == Verdict(correct=True)
+    checker.close()
