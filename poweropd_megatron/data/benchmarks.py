@@ -103,7 +103,7 @@ def _of_gsm8k(row: Row) -> str | None:
 
 def _of_math500(row: Row) -> str | int | None:
     answer = _first(row, _ANSWERS)
-    if answer is None or isinstance(answer, str | int):
+    if answer is None or (isinstance(answer, str | int) and not isinstance(answer, bool)):
         return answer
     raise ValueError(f'"answer" must be text, got {type(answer).__name__}')
 
@@ -120,11 +120,19 @@ def _of_aime(row: Row) -> int | None:
 def _of_amc(row: Row) -> str | int | None:
     """Return the answer, whole where it is: the files have 142.0 for 142."""
     answer = _first(row, _ANSWERS)
-    try:
-        number = float(answer)
-    except (TypeError, ValueError):
-        return _of_math500(row)
-    return int(number) if number.is_integer() else str(answer)
+    if isinstance(answer, float):
+        # From 2**53 on, neighbouring whole numbers are the same float.
+        if not abs(answer) < 2**53:
+            raise ValueError(
+                f"the answer is {answer}, no number that can be kept; write it as text"
+            )
+        return int(answer) if answer.is_integer() else str(answer)
+    if isinstance(answer, str):
+        text = answer.strip()
+        if re.fullmatch(r"[+-]?(nan|inf|infinity)", text, re.IGNORECASE):
+            raise ValueError(f"the answer is {answer!r}, which is no number")
+        return re.sub(r"^(-?)0*(\d+)(\.0*)?$", r"\1\2", text)
+    return _of_math500(row)
 
 
 def _of_minerva(row: Row) -> str | int | None:

@@ -158,6 +158,14 @@ def test_formats_that_do_not_exist_are_refused(
         (MATH500, {"problem": None}, 'a row of math500 needs "problem" or "question"'),
         (AIME_WITH_SOLUTION, {"answer": "1000"}, "the answer is 1000, but those of AIME"),
         (AIME_WITH_SOLUTION, {"answer": "x"}, "the answer is 'x', but those of AIME"),
+        (MATH500, {"answer": True}, '"answer" must be text, got bool'),
+        (AMC, {"answer": True}, '"answer" must be text, got bool'),
+        (AMC, {"answer": False}, '"answer" must be text, got bool'),
+        (AMC, {"answer": float("nan")}, "the answer is nan, no number that can be kept"),
+        (AMC, {"answer": float("-inf")}, "the answer is -inf, no number that can be kept"),
+        (AMC, {"answer": 2.0**53}, "no number that can be kept; write it as text"),
+        (AMC, {"answer": "NaN"}, "the answer is 'NaN', which is no number"),
+        (AMC, {"answer": "-Infinity"}, "the answer is '-Infinity', which is no number"),
         (MINERVA, {"solution": "It is 10."}, '"solution" has no \\boxed{...} answer'),
         (OLYMPIADBENCH, {"is_multiple_answer": False}, '"is_multiple_answer" is false'),
         (OLYMPIADBENCH, {"final_answer": [3]}, '"final_answer" must be a list of texts'),
@@ -181,6 +189,31 @@ def test_a_row_that_can_not_be_used_is_named(
     text = refused(tmp_path, tokenizer, row, bad)
     assert message in text
     assert text.startswith(f"data.eval_files: {tmp_path / 'bench.jsonl'}:2: ")
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        (12345678901234567, "12345678901234567"),
+        ("12345678901234567.0", "12345678901234567"),
+        (10**400 + 1, str(10**400 + 1)),
+        ("9" * 5000, "9" * 5000),
+        (142.0, "142"),
+        (-3.0, "-3"),
+        ("007", "7"),
+        ("0", "0"),
+        ("00.00", "0"),
+        ("100", "100"),
+        (0.25, "0.25"),
+        ("2.50", "2.50"),
+        ("\\frac{1}{2}", "\\frac{1}{2}"),
+    ],
+)
+def test_answers_of_amc_are_kept_to_the_last_digit(
+    tmp_path: Path, tokenizer: Tokenizer, answer: Any, expected: str
+) -> None:
+    (prompt,) = load(tmp_path, tokenizer, AMC | {"answer": answer}, eval_formats={"bench": "amc"})
+    assert prompt.answer == expected
 
 
 @pytest.mark.parametrize(
