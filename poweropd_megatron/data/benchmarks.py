@@ -4,7 +4,7 @@ A row becomes {"prompt", "answer"} and, where there are some, "id" and "toleranc
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,29 +27,40 @@ class Format:
     answer: Callable[[Row], str | int | None]
     """The gold answer of a row, None where it is missing. Raises: ValueError saying what is wrong.
     """
+    gold: str = '"answer"'
+    """What a row without a gold answer lacks, as messages name it."""
 
 
-def detect(row: Row, *, stem: str, place: str) -> Format | None:
-    """Return the format that a file's first row has the fields of, None for the project's own.
+def detect(rows: Iterable[tuple[str, Row]], *, stem: str) -> Format | None:
+    """Return the format that a file's rows have the fields of, None for the project's own.
+
+    The rows come with their places. The first tells; where it has no answer, which formats are
+    told by, the next does.
 
     Raises: InputError if there is none, or several.
     """
-    if "prompt" in row or "messages" in row:
-        return None
-    fitting = [format for format in FORMATS.values() if format.is_like(row)]
-    if len(fitting) == 1:
-        return fitting[0]
-    fields = ", ".join(map(repr, row))
-    if fitting:
-        names = " or ".join(format.name for format in fitting)
-        raise InputError(
-            f"{place}: the fields {fields} could be {names}; say which with data.eval_formats = "
-            f'{{{stem} = "{fitting[0].name}"}}'
-        )
+    unlike = None
+    for place, row in rows:
+        if "prompt" in row or "messages" in row:
+            return None
+        fitting = [format for format in FORMATS.values() if format.is_like(row)]
+        if len(fitting) == 1:
+            return fitting[0]
+        if fitting:
+            names = " or ".join(format.name for format in fitting)
+            raise InputError(
+                f"{place}: the fields {_fields(row)} could be {names}; say which with "
+                f'data.eval_formats = {{{stem} = "{fitting[0].name}"}}'
+            )
+        unlike = unlike or (place, row)
+        if _answer(row) is not None:
+            break
+    assert unlike is not None
+    place, row = unlike
     raise InputError(
-        f'{place}: expected one of "prompt" and "messages", got neither, and the fields {fields} '
-        f"are of no known benchmark. If they can be read as one of {', '.join(FORMATS)}, name it "
-        f'with data.eval_formats = {{{stem} = "..."}}'
+        f'{place}: expected one of "prompt" and "messages", got neither, and the fields '
+        f"{_fields(row)} are of no known benchmark. If they can be read as one of "
+        f'{", ".join(FORMATS)}, name it with data.eval_formats = {{{stem} = "..."}}'
     )
 
 
@@ -91,25 +102,31 @@ def _first(row: Row, names: Sequence[str]) -> Any:
     return next((row[name] for name in names if row.get(name) is not None), None)
 
 
+def _fields(row: Row) -> str:
+    return ", ".join(map(repr, row))
+
+
+def _answer(row: Row) -> Any:
+    """Return what a row has for an answer; None where it is absent, null or blank."""
+    answer = _first(row, _ANSWERS)
+    return None if isinstance(answer, str) and not answer.strip() else answer
+
+
 def _of_gsm8k(row: Row) -> str | None:
     """Return what follows the last #### of a worked answer, without thousands separators."""
-    if not row.get("answer"):
-        return None
-    _, marker, answer = str(row["answer"]).rpartition("####")
-    if not marker or not answer.strip():
-        raise ValueError('"answer" has no final answer after ####')
-    return answer.strip().lstrip("$").replace(",", "")
+    _, marker, answer = str(row.get("answer")).rpartition("####")
+    return answer.strip().lstrip("$").replace(",", "") if marker else None
 
 
 def _of_math500(row: Row) -> str | int | None:
-    answer = _first(row, _ANSWERS)
+    answer = _answer(row)
     if answer is None or (isinstance(answer, str | int) and not isinstance(answer, bool)):
         return answer
     raise ValueError(f'"answer" must be text, got {type(answer).__name__}')
 
 
 def _of_aime(row: Row) -> int | None:
-    answer = _whole(_first(row, _ANSWERS))
+    answer = _whole(_answer(row))
     if answer is None and isinstance(row.get("solution"), str):
         answer = _whole(last_boxed(row["solution"]))
     if answer is not None and not 0 <= answer <= 999:
@@ -119,13 +136,11 @@ def _of_aime(row: Row) -> int | None:
 
 def _of_amc(row: Row) -> str | int | None:
     """Return the answer, whole where it is: the files have 142.0 for 142."""
-    answer = _first(row, _ANSWERS)
+    answer = _answer(row)
     if isinstance(answer, float):
         # From 2**53 on, neighbouring whole numbers are the same float.
         if not abs(answer) < 2**53:
-            raise ValueError(
-                f"the answer is {answer}, no number that can be kept; write it as text"
-            )
+            raise ValueError(f"the answer is {answer}; give a finite number below 2**53, or text")
         return int(answer) if answer.is_integer() else str(answer)
     if isinstance(answer, str):
         text = answer.strip()
@@ -136,14 +151,7 @@ def _of_amc(row: Row) -> str | int | None:
 
 
 def _of_minerva(row: Row) -> str | int | None:
-    if _first(row, _ANSWERS) is not None:
-        return _of_math500(row)
-    if not row.get("solution"):
-        return None
-    boxed = last_boxed(str(row["solution"]))
-    if boxed is None:
-        raise ValueError('"solution" has no \\boxed{...} answer')
-    return boxed
+    return last_boxed(str(row.get("solution"))) if _answer(row) is None else _of_math500(row)
 
 
 def _of_olympiadbench(row: Row) -> str | None:
@@ -191,9 +199,7 @@ def _is_gsm8k(row: Row) -> bool:
 
 
 def _is_math500(row: Row) -> bool:
-    return {"problem", "answer"} <= row.keys() and (
-        "unique_id" in row or {"subject", "level"} <= row.keys()
-    )
+    return "problem" in row and ("unique_id" in row or {"answer", "subject", "level"} <= row.keys())
 
 
 def _is_short_answer(row: Row) -> bool:
@@ -225,7 +231,9 @@ def _is_amc(row: Row) -> bool:
 def _is_minerva(row: Row) -> bool:
     return (
         "problem" in row
-        and _first(row, _ANSWERS) is None
+        and _answer(row) is None
+        and not _is_math500(row)
+        and not _names(row, "AIME")
         and last_boxed(str(row.get("solution"))) is not None
     )
 
@@ -237,12 +245,27 @@ def _is_olympiadbench(row: Row) -> bool:
 FORMATS = {
     format.name: format
     for format in (
-        Format(name="gsm8k", is_like=_is_gsm8k, answer=_of_gsm8k),
+        Format(
+            name="gsm8k",
+            is_like=_is_gsm8k,
+            answer=_of_gsm8k,
+            gold='final answer after #### in "answer"',
+        ),
         Format(name="math500", is_like=_is_math500, answer=_of_math500),
         Format(name="aime", is_like=_is_aime, answer=_of_aime),
         Format(name="amc", is_like=_is_amc, answer=_of_amc),
-        Format(name="minerva", is_like=_is_minerva, answer=_of_minerva),
-        Format(name="olympiadbench", is_like=_is_olympiadbench, answer=_of_olympiadbench),
+        Format(
+            name="minerva",
+            is_like=_is_minerva,
+            answer=_of_minerva,
+            gold='\\boxed{...} answer in "solution"',
+        ),
+        Format(
+            name="olympiadbench",
+            is_like=_is_olympiadbench,
+            answer=_of_olympiadbench,
+            gold='"final_answer"',
+        ),
     )
 }
 """The benchmarks by the names of data.eval_formats."""

@@ -4,6 +4,7 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from poweropd_megatron.config.schema import PromptConfig
 from poweropd_megatron.data import benchmarks
@@ -151,10 +152,15 @@ def _load_answered(
     file: Path, tokenizer: Tokenizer, data: PromptConfig, setting: str
 ) -> Iterator[Prompt]:
     """Yield the prompts of one file, all with answers, and no two with one id."""
+    named = data.eval_formats.get(file.stem)
+    if named:
+        format = benchmarks.FORMATS.get(named)
+    else:
+        format = benchmarks.detect(_read_rows(file, setting), stem=file.stem)
     missing: list[int] = []
     line_of: dict[str, int] = {}
     for number, prompt in enumerate(
-        _load_file(file, tokenizer, data, setting, is_answered=True), start=1
+        _load_file(file, tokenizer, data, setting, is_answered=True, format=format), start=1
     ):
         if prompt.answer is None:
             missing.append(number)
@@ -168,36 +174,44 @@ def _load_answered(
         first, *others = missing
         shown = ", ".join(map(str, others[:10])) + (", ..." if len(others) > 10 else "")
         also = f"; nor have {len(others)} other lines: {shown}" if others else ""
-        raise InputError(f'{setting}: {file}:{first} has no "answer", which evaluation needs{also}')
+        gold = format.gold if format else '"answer"'
+        raise InputError(f"{setting}: {file}:{first} has no {gold}, which evaluation needs{also}")
 
 
 def _load_file(
-    file: Path, tokenizer: Tokenizer, data: PromptConfig, setting: str, *, is_answered: bool = False
+    file: Path,
+    tokenizer: Tokenizer,
+    data: PromptConfig,
+    setting: str,
+    *,
+    is_answered: bool = False,
+    format: benchmarks.Format | None = None,
 ) -> Iterator[Prompt]:
     """Yield the prompts of one file; with is_answered, read what evaluation needs beside them."""
+    for place, row in _read_rows(file, setting):
+        if format:
+            row = benchmarks.as_prompt(row, format, place)
+        text = render(row, tokenizer, data, place)
+        yield Prompt(
+            text=text,
+            token_ids=_encode(text, tokenizer, data.max_prompt_length, place),
+            answer=read_answer(row, place),
+            source=file.stem,
+            id=read_id(row, place) if is_answered else None,
+            tolerance=read_tolerance(row, place) if is_answered else None,
+        )
+
+
+def _read_rows(file: Path, setting: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the rows of one file, which has some, each with its place."""
     if not file.is_file():
         raise InputError(f"{setting}: {file} is not a file")
     num_lines = 0
-    named = data.eval_formats.get(file.stem)
-    format = benchmarks.FORMATS.get(named) if named else None
     try:
         with file.open(encoding="utf-8") as lines:
             for num_lines, line in enumerate(lines, start=1):
                 place = f"{setting}: {file}:{num_lines}"
-                row = parse_row(line, place)
-                if is_answered and num_lines == 1 and not named:
-                    format = benchmarks.detect(row, stem=file.stem, place=place)
-                if is_answered and format:
-                    row = benchmarks.as_prompt(row, format, place)
-                text = render(row, tokenizer, data, place)
-                yield Prompt(
-                    text=text,
-                    token_ids=_encode(text, tokenizer, data.max_prompt_length, place),
-                    answer=read_answer(row, place),
-                    source=file.stem,
-                    id=read_id(row, place) if is_answered else None,
-                    tolerance=read_tolerance(row, place) if is_answered else None,
-                )
+                yield place, parse_row(line, place)
     except UnicodeDecodeError as error:
         raise InputError(f"{setting}: {file} is not UTF-8 text: {error}") from error
     if num_lines == 0:

@@ -90,9 +90,9 @@ def refuse_lone_surrogates(text: str, name: str, place: str) -> None:
 
 
 def read_answer(row: Mapping[str, Any], place: str) -> str | None:
-    """Return the answer as text; None if there is none."""
+    """Return the answer as text; None if it is absent, null or blank."""
     answer = row.get("answer")
-    if answer is None:
+    if answer is None or (isinstance(answer, str) and not answer.strip()):
         return None
     if isinstance(answer, int) and not isinstance(answer, bool):
         return str(answer)

@@ -10,7 +10,6 @@ from support.benchmark_rows import (
     AMC,
     GSM8K,
     MATH500,
-    MINERVA,
     OLYMPIADBENCH,
     OLYMPIADBENCH_PHYSICS,
     ROWS,
@@ -49,15 +48,11 @@ def refused(folder: Path, tokenizer: Tokenizer, *rows: dict[str, Any], **data: A
     return str(caught.value)
 
 
-def without(row: dict[str, Any], *names: str) -> dict[str, Any]:
-    return {name: value for name, value in row.items() if name not in names}
-
-
 @pytest.mark.parametrize(("name", "row", "answer"), CASES)
 def test_each_format_is_told_by_its_fields_and_read(
     tmp_path: Path, tokenizer: Tokenizer, name: str, row: dict[str, Any], answer: str
 ) -> None:
-    format = detect(row, stem="bench", place="here")
+    format = detect([("here", row)], stem="bench")
     assert format is FORMATS[name]
     (prompt,) = load(tmp_path, tokenizer, row)
     question = row.get("problem") or row.get("question") or row["Problem"]
@@ -152,7 +147,6 @@ def test_formats_that_do_not_exist_are_refused(
 @pytest.mark.parametrize(
     ("row", "changes", "message"),
     [
-        (GSM8K, {"answer": "It is 42."}, '"answer" has no final answer after ####'),
         (GSM8K, {"question": ""}, '"prompt" is blank'),
         (MATH500, {"answer": ["3/4"]}, '"answer" must be text, got list'),
         (MATH500, {"problem": None}, 'a row of math500 needs "problem" or "question"'),
@@ -161,12 +155,11 @@ def test_formats_that_do_not_exist_are_refused(
         (MATH500, {"answer": True}, '"answer" must be text, got bool'),
         (AMC, {"answer": True}, '"answer" must be text, got bool'),
         (AMC, {"answer": False}, '"answer" must be text, got bool'),
-        (AMC, {"answer": float("nan")}, "the answer is nan, no number that can be kept"),
-        (AMC, {"answer": float("-inf")}, "the answer is -inf, no number that can be kept"),
-        (AMC, {"answer": 2.0**53}, "no number that can be kept; write it as text"),
+        (AMC, {"answer": float("nan")}, "the answer is nan; give a finite number"),
+        (AMC, {"answer": float("-inf")}, "the answer is -inf; give a finite number"),
+        (AMC, {"answer": 2.0**53}, "give a finite number below 2**53, or text"),
         (AMC, {"answer": "NaN"}, "the answer is 'NaN', which is no number"),
         (AMC, {"answer": "-Infinity"}, "the answer is '-Infinity', which is no number"),
-        (MINERVA, {"solution": "It is 10."}, '"solution" has no \\boxed{...} answer'),
         (OLYMPIADBENCH, {"is_multiple_answer": False}, '"is_multiple_answer" is false'),
         (OLYMPIADBENCH, {"final_answer": [3]}, '"final_answer" must be a list of texts'),
         (OLYMPIADBENCH, {"error": "small"}, '"error" must be a positive number'),
@@ -214,27 +207,6 @@ def test_answers_of_amc_are_kept_to_the_last_digit(
 ) -> None:
     (prompt,) = load(tmp_path, tokenizer, AMC | {"answer": answer}, eval_formats={"bench": "amc"})
     assert prompt.answer == expected
-
-
-@pytest.mark.parametrize(
-    ("row", "field"),
-    [
-        (GSM8K, "answer"),
-        (MATH500, "answer"),
-        (MINERVA, "solution"),
-        (OLYMPIADBENCH, "final_answer"),
-    ],
-)
-@pytest.mark.parametrize("blank", [None, ""])
-def test_all_lines_without_an_answer_are_named(
-    tmp_path: Path, tokenizer: Tokenizer, row: dict[str, Any], field: str, blank: str | None
-) -> None:
-    plain = without(row, "id", "unique_id", "idx")
-    named = next(name for name, rows in ROWS.items() if row in [r for r, _ in rows])
-    rows = [plain if n in (1, 3) else plain | {field: blank} for n in range(1, 17)]
-    text = refused(tmp_path, tokenizer, *rows, eval_formats={"bench": named})
-    assert ':2 has no "answer", which evaluation needs; nor have 13 other lines: 4, 5, 6' in text
-    assert text.endswith("13, ...")
 
 
 def test_two_rows_with_one_id_are_refused_with_both_lines(
