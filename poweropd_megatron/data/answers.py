@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import signal
 import subprocess
 import sys
 import threading
@@ -13,7 +14,8 @@ from typing import Literal, Protocol
 from poweropd_megatron.config.schema import PromptConfig
 from poweropd_megatron.errors import ConfigError
 
-DEADLINE_SECONDS = 5.0
+CPU_SECONDS = 5.0
+DEADLINE_SECONDS = 30.0
 START_DEADLINE_SECONDS = 120.0
 WORKER_MEMORY_BYTES = 4 * 2**30
 
@@ -88,15 +90,18 @@ class MathChecker:
 
     Sympy can compute for ever on what a model writes, where no exception reaches it; killing the
     process always ends that. The next response gets a new worker. A worker has so much memory and
-    no more.
+    no more. The limit is on its CPU time, which no other process takes from it; the deadline, some
+    times as long, is for one that waits for something.
     """
 
     def __init__(
         self,
         *,
+        cpu_seconds: float = CPU_SECONDS,
         deadline_seconds: float = DEADLINE_SECONDS,
         memory_bytes: int = WORKER_MEMORY_BYTES,
     ) -> None:
+        self.cpu_seconds = cpu_seconds
         self.deadline_seconds = deadline_seconds
         self._memory_bytes = memory_bytes
         self._worker = _start_worker(memory_bytes)
@@ -105,8 +110,9 @@ class MathChecker:
         """Return whether the response's last answer is mathematically equal to the given one."""
         if self._worker.poll() is not None:
             self._worker = _start_worker(self._memory_bytes)
-        request = json.dumps({"response": response, "answer": answer, "tolerance": tolerance})
-        reply = _exchange(self._worker, request, self.deadline_seconds)
+        request = {"response": response, "answer": answer, "tolerance": tolerance}
+        line = json.dumps(request | {"cpu_seconds": self.cpu_seconds})
+        reply = _exchange(self._worker, line, self.deadline_seconds)
         if reply is _Silence.EXPIRED:
             return Verdict(correct=False, failure="deadline")
         verdict = _read_verdict(reply) if isinstance(reply, str) else None
@@ -162,7 +168,8 @@ class _Silence(Enum):
 def _exchange(worker: Worker, request: str | None, deadline_seconds: float) -> str | _Silence:
     """Return the worker's next line after sending a request.
 
-    The timer covers the writing too: a stopped worker leaves a full pipe.
+    The timer covers the writing too: a stopped worker leaves a full pipe. SIGPROF ends a worker
+    that has used up its CPU time.
     """
     expired = threading.Event()
 
@@ -186,7 +193,8 @@ def _exchange(worker: Worker, request: str | None, deadline_seconds: float) -> s
         timer.join()
     if expired.is_set() or not reply.endswith("\n"):
         _stop(worker)
-        return _Silence.EXPIRED if expired.is_set() else _Silence.DIED
+        is_late = expired.is_set() or worker.returncode == -signal.SIGPROF
+        return _Silence.EXPIRED if is_late else _Silence.DIED
     return reply
 
 

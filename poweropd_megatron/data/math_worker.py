@@ -1,10 +1,11 @@
 """The process in which math-verify runs; `answers.MathChecker` starts it and kills it if it hangs.
 
-It prints "ready" and then, for each line {"response", "answer", "tolerance"} that it reads, one
-line: the fields of an answers.Verdict. It ends with its standard input, and a minute into any one
-request, so that it doesn't outlive a parent that was killed. A request that needs more memory than
-the command line allows, in bytes, is given up. It is run as a file and imports nothing of this
-package. What libraries print to standard output goes to standard error.
+It prints "ready" and then, for each line {"response", "answer", "tolerance", "cpu_seconds"} that it
+reads, one line: the fields of an answers.Verdict. It ends with its standard input, and a minute
+into any one request, so that it doesn't outlive a parent that was killed. SIGPROF ends it when a
+request has taken its seconds of CPU time: nothing that sympy does can catch that. A request that
+needs more memory than the command line allows, in bytes, is given up. It is run as a file and
+imports nothing of this package. What libraries print to standard output goes to standard error.
 """
 
 import os
@@ -42,7 +43,7 @@ class MemoryWatch(logging.Handler):
 def judge(response: str, answer: str, tolerance: float | None) -> dict[str, Any]:
     """Return whether the response ends in the answer, and what was read of it.
 
-    The parent holds the deadline: math-verify's own are exceptions, which sympy may swallow.
+    It has no time limits of math-verify: these are exceptions, which sympy may swallow.
     """
     marked = answer if "\\boxed" in answer or "$" in answer else f"\\boxed{{{answer}}}"
     gold = math_verify.parse(marked, parsing_timeout=None)
@@ -81,6 +82,7 @@ def main() -> None:
     logger.addHandler(watch)
     logger.setLevel(logging.DEBUG)
     logger.propagate = False
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
     memory_bytes = int(sys.argv[1])
     resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
     print("ready", file=REPLIES, flush=True)
@@ -88,12 +90,15 @@ def main() -> None:
         signal.alarm(ORPHAN_SECONDS)
         watch.seen = False
         try:
-            verdict = judge(**json.loads(line))
+            request = json.loads(line)
+            signal.setitimer(signal.ITIMER_PROF, request.pop("cpu_seconds"))
+            verdict = judge(**request)
         except MemoryError:
             watch.seen = True
         if watch.seen:
             verdict = {"correct": False, "failure": "memory"}
         print(json.dumps(verdict), file=REPLIES, flush=True)
+        signal.setitimer(signal.ITIMER_PROF, 0)
         signal.alarm(0)
 
 
