@@ -85,15 +85,10 @@ def claimed(output: Path, setting: str) -> Iterator[PartialFolder]:
     Raises: InputError if the output exists, can't be made, or another conversion writes it.
     """
     partial = PartialFolder(output)
-    if output.exists() or output.is_symlink():
-        raise InputError(f"{setting}: {output} exists already; name a folder that doesn't")
+    _check_new(output, setting)
+    lock = _lock(partial, setting)
     try:
-        partial.path.mkdir(parents=True, exist_ok=True)
-        lock = os.open(partial.path, os.O_RDONLY)
-    except OSError as error:
-        raise InputError(f"{setting}: {partial.path} can't be made: {error}") from None
-    try:
-        _lock(lock, f"{setting}: another conversion is writing to {output}")
+        _check_new(output, setting)
         yield partial
     except BaseException:
         if not partial.has_parts():
@@ -103,16 +98,40 @@ def claimed(output: Path, setting: str) -> Iterator[PartialFolder]:
         os.close(lock)
 
 
-def _lock(descriptor: int, refusal: str) -> None:
-    """Lock the folder, which the workers of a killed conversion hold for a moment longer."""
+def _check_new(output: Path, setting: str) -> None:
+    if output.exists() or output.is_symlink():
+        raise InputError(f"{setting}: {output} exists already; name a folder that doesn't")
+
+
+def _lock(partial: PartialFolder, setting: str) -> int:
+    """Return the folder's descriptor, locked: only who has it may change what is there.
+
+    The workers of a killed conversion hold it for a moment longer. Who held it may have published
+    or removed the folder since it was opened, so that another is to be made.
+    """
     deadline = time.monotonic() + _SECONDS_TO_WAIT
     while True:
         try:
-            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                raise InputError(refusal) from None
-            time.sleep(0.05)
+            partial.path.mkdir(parents=True, exist_ok=True)
+            lock = os.open(partial.path, os.O_RDONLY)
+        except OSError as error:
+            raise InputError(f"{setting}: {partial.path} can't be made: {error}") from None
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(lock), partial.path.stat()):
+                return lock
+        except (BlockingIOError, FileNotFoundError):
+            pass
+        except OSError as error:
+            os.close(lock)
+            raise InputError(
+                f"{setting}: {partial.path} can't be locked: {error}; name a folder on a disk "
+                "whose file system has locks (flock)"
+            ) from None
+        os.close(lock)
+        if time.monotonic() > deadline:
+            raise InputError(f"{setting}: another conversion is writing to {partial.output}")
+        time.sleep(0.05)
 
 
 def check_places(output: Path, setting: str, **inputs: Path | None) -> None:
