@@ -77,6 +77,7 @@ class DistSource:
         self._files = Files(folder.setting)
         self._shapes = folder.shapes()
         of_optimizer = {key: OPTIMIZER.match(key) for key in self._shapes}
+        has_optimizer = any(of_optimizer.values()) or any(map(OPTIMIZER.match, folder.objects()))
         self._masters = {
             match["of"]: key
             for key, match in of_optimizer.items()
@@ -88,7 +89,7 @@ class DistSource:
             for key, shape in self._keys_of(stored):
                 known.add(key)
                 self._check_shape(stored, key, shape)
-                if prefers_masters and any(of_optimizer.values()):
+                if prefers_masters and has_optimizer:
                     self._check_master(key)
         for key in sorted(self._shapes):
             if key not in known and not of_optimizer[key]:

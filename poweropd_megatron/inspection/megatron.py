@@ -38,7 +38,8 @@ def examine(path: Path, *, reference: Path | None) -> Findings:
             findings.problems.append(f"{file} is a stray: .metadata has nothing in it")
     shapes = folder.shapes()
     of_optimizer = {key for key in shapes if OPTIMIZER.match(key)}
-    if of_optimizer or "run" in common:
+    objects = {key for key in folder.objects() if OPTIMIZER.match(key)}
+    if of_optimizer or objects or "run" in common:
         findings.kind = "training"
     findings.tensors = {
         key: Facts(str(folder.dtype(key)).removeprefix("torch."), shape)
@@ -46,11 +47,13 @@ def examine(path: Path, *, reference: Path | None) -> Findings:
         if key not in of_optimizer
     }
     _tell_of_run(findings, folder, common)
-    if of_optimizer:
+    if of_optimizer or objects:
         num_bytes = sum(
             Facts(str(folder.dtype(key)), shapes[key]).num_bytes for key in of_optimizer
         )
-        findings.facts["optimizer"] = f"{len(of_optimizer)} tensors, {num_bytes:,} bytes"
+        findings.facts["optimizer"] = f"{len(of_optimizer)} tensors, {num_bytes:,} bytes" + (
+            f"; {len(objects)} objects" if objects else ""
+        )
     findings.model = _model_of(findings, common, reference)
     if findings.model is None:
         return findings

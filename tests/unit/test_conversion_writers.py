@@ -13,6 +13,7 @@ from torch import Tensor
 
 from poweropd_megatron.conversion.to_hugging_face import to_hugging_face
 from poweropd_megatron.errors import InputError
+from poweropd_megatron.inspection.folder import examine
 
 LAYERS = "decoder.layers."
 
@@ -97,12 +98,20 @@ def test_fp32_is_the_optimizers_and_otherwise_the_models(prefix, model, tmp_path
             assert torch.equal(found[name], tensor if dtype else tensor.bfloat16()), name
 
 
-def test_fp32_copies_in_a_form_that_is_not_known_are_not_passed_over(model, tmp_path):
-    """Megatron-LM's sharded optimizer formats keep flat buckets, from which nothing is taken."""
+@pytest.mark.parametrize("form", ["tensor", "object"])
+def test_fp32_copies_in_a_form_that_is_not_known_are_not_passed_over(form, model, tmp_path):
+    """Megatron-LM's sharded optimizer formats keep flat buckets, from which nothing is taken:
+    tensors, or one object (dp_zero_gather_scatter)."""
     folder, stored = model
     training = {key: tensor.bfloat16() for key, tensor in stored.items()}
-    training["optimizer.distributed.dp_group_idx_0.gbuf_idx_0.param"] = torch.zeros(9)
-    write_in_pieces(tmp_path / "weights", training, {})
+    buckets = {"optimizer.distributed.dp_group_idx_0.param_state": torch.zeros(9)}
+    if form == "tensor":
+        write_in_pieces(tmp_path / "weights", training | buckets, {})
+    else:
+        write_in_pieces(tmp_path / "weights", training, {}, buckets)
+    findings = examine(tmp_path / "weights", reference=folder)
+    assert (findings.kind, findings.problems) == ("training", [])
+    assert f"1 {form}s" in findings.facts["optimizer"]
     with pytest.raises(InputError, match=r"no fp32 copy of embedding\.word_embeddings\.weight"):
         to_hugging_face(
             tmp_path / "weights", tmp_path / "fp32", reference=folder, dtype=torch.float32
