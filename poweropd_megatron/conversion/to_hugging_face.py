@@ -28,6 +28,7 @@ from poweropd_megatron.conversion.dist_source import (
     weights_folder,
 )
 from poweropd_megatron.conversion.hf_tensors import EMBEDDING, HEAD, make_header, read_tensors
+from poweropd_megatron.conversion.stated_model import check_reference
 from poweropd_megatron.errors import InputError
 from poweropd_megatron.models.families import read_model_config
 from poweropd_megatron.models.hf_folder import INDEX_NAME
@@ -55,16 +56,17 @@ def to_hugging_face(
     dtype: None keeps each tensor's own; fp32 takes the optimizer's copies where there are any.
     Cost: reads and writes every byte once; a few MB of memory for each worker.
     Raises: InputError naming file and tensor before anything is written, if the checkpoint isn't
-    of the model that the reference's config.json describes; or if the output can't be written.
+    of the model that the reference's config.json describes, by its tensors or by what it says of
+    itself; or if the output can't be written.
     """
     partial.check_places(output, _OUTPUT, input=source, reference=reference)
-    tensors, others = _plan_tensors(source, reference, dtype)
+    weights = weights_folder(source, setting=_INPUT)
+    tensors, others = _plan_tensors(source, weights, reference, dtype)
     check_other_files(others, setting=_REFERENCE)
     files = _files(tensors, others, max_shard_bytes)
     jobs = list(_jobs(files, max_bytes=_job_bytes(tensors)))
     with partial.claimed(output, _OUTPUT) as folder:
         conversion = _Conversion(folder.path, files, jobs, os.getpid())
-        weights = weights_folder(source, setting=_INPUT)
         plan = {
             "to": "hugging_face",
             "input": [str(weights.resolve()), partial.fingerprint(weights)],
@@ -120,10 +122,10 @@ class _Tensor:
 
 
 def _plan_tensors(
-    source: Path, reference: Path | None, dtype: torch.dtype | None
+    source: Path, weights: Path, reference: Path | None, dtype: torch.dtype | None
 ) -> tuple[list[_Tensor], Path]:
     """Return the tensors in order, and the folder with the other files."""
-    folder = TorchDistFolder(weights_folder(source, setting=_INPUT), setting=_INPUT)
+    folder = TorchDistFolder(weights, setting=_INPUT)
     if reference is None and not (source / "config.json").is_file():
         raise InputError(
             f"{_REFERENCE}: {source} has no config.json; name the Hugging Face folder that the "
@@ -131,6 +133,7 @@ def _plan_tensors(
         )
     others = reference or source
     config = read_model_config(others, setting=_REFERENCE)
+    check_reference(config, others, source, folder, setting=_REFERENCE)
     found = DistSource(folder, config, prefers_masters=dtype == torch.float32)
     tensors = [
         _Tensor(part.name, dtype or part.dtype, part.shape, part.rows, part.dtype)

@@ -6,11 +6,12 @@ from typing import Any
 
 from poweropd_megatron.checkpoint.store import MANIFEST_NAME, read_manifest
 from poweropd_megatron.conversion.dist_source import OPTIMIZER, DistSource, weights_folder
+from poweropd_megatron.conversion.stated_model import recorded_model
 from poweropd_megatron.errors import CheckpointError, InputError
 from poweropd_megatron.inspection.findings import SETTING, Facts, Findings
 from poweropd_megatron.inspection.hugging_face import check_dtype
 from poweropd_megatron.models.families import read_model_config, stored_tensors
-from poweropd_megatron.models.model_config import ExpertsConfig, ModelConfig
+from poweropd_megatron.models.model_config import ModelConfig
 from poweropd_megatron.models.torch_dist_folder import TorchDistFolder
 from poweropd_megatron.models.weight_source import OF_EACH_LAYER, WEIGHTS_NAME
 
@@ -54,7 +55,7 @@ def examine(path: Path, *, reference: Path | None) -> Findings:
         findings.facts["optimizer"] = f"{len(of_optimizer)} tensors, {num_bytes:,} bytes" + (
             f"; {len(objects)} objects" if objects else ""
         )
-    findings.model = _model_of(findings, common, reference)
+    findings.model = _model_of(findings, folder, common, reference)
     if findings.model is None:
         return findings
     converted = findings.weights_path.parent
@@ -141,15 +142,18 @@ def _tell_of_run(findings: Findings, folder: TorchDistFolder, common: dict[str, 
 
 
 def _model_of(
-    findings: Findings, common: dict[str, Any], reference: Path | None
+    findings: Findings, folder: TorchDistFolder, common: dict[str, Any], reference: Path | None
 ) -> ModelConfig | None:
     """Return the model's shape, by the checkpoint, a config.json beside it, or the reference."""
-    stated = common.get("run", {}).get("model")
-    if stated is not None:
-        experts = stated.get("experts")
-        return ModelConfig(**(stated | {"experts": ExpertsConfig(**experts) if experts else None}))
+    try:
+        recorded = recorded_model(folder, common)
+    except InputError as error:
+        findings.add_error(error)
+        return None
+    if recorded is not None:
+        return recorded
     beside = [findings.path, findings.path.parent]
-    places = [folder for folder in beside if (folder / "config.json").is_file()]
+    places = [place for place in beside if (place / "config.json").is_file()]
     places += [reference] if reference else []
     if not places:
         findings.problems.append(
