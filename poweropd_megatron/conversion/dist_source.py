@@ -47,7 +47,7 @@ def weights_folder(source: Path, *, setting: str) -> Path:
         return source / WEIGHTS_NAME
     tracker = source / TRACKER_NAME
     if tracker.is_file():
-        latest = tracker.read_text(encoding="utf-8").strip()
+        latest = _tracked(tracker, setting=setting)
         folder = source / (latest if latest == "release" else f"iter_{latest:0>7}")
         if (folder / METADATA_NAME).is_file():
             return folder
@@ -59,6 +59,19 @@ def weights_folder(source: Path, *, setting: str) -> Path:
     raise InputError(
         f"{setting}: {source} holds no torch_dist checkpoint ({METADATA_NAME} is missing){hint}"
     )
+
+
+def _tracked(tracker: Path, *, setting: str) -> str:
+    """Return what Megatron-LM's tracker file names. Raises: InputError."""
+    try:
+        latest = tracker.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{setting}: {tracker} can't be read: {error}") from None
+    if not re.fullmatch(r"release|[0-9]{1,18}", latest):
+        raise InputError(
+            f"{setting}: {tracker} says {latest[:40]!r}; expected release, or an iteration's number"
+        )
+    return latest
 
 
 class DistSource:

@@ -61,6 +61,7 @@ def to_hugging_face(
     """
     partial.check_places(output, _OUTPUT, input=source, reference=reference)
     weights = weights_folder(source, setting=_INPUT)
+    partial.check_places(output, _OUTPUT, input=weights.resolve())
     tensors, others = _plan_tensors(source, weights, reference, dtype)
     check_other_files(others, setting=_REFERENCE)
     files = _files(tensors, others, max_shard_bytes)

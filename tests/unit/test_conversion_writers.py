@@ -126,3 +126,25 @@ def test_a_folder_of_megatron_lms_is_found_by_its_tracker(tracked, name, model, 
     write_in_pieces(tmp_path / "saved" / name, stored, {})
     (tmp_path / "saved" / "latest_checkpointed_iteration.txt").write_text(f"{tracked}\n")
     assert_export_is(folder, tmp_path / "saved", tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe2\x000\x00", b"20\n30\n", b"", b"9" * 300])
+def test_a_tracker_that_names_no_iteration_is_told_in_one_line(content, model, tmp_path):
+    tracker = tmp_path / "saved" / "latest_checkpointed_iteration.txt"
+    tracker.parent.mkdir()
+    tracker.write_bytes(content)
+    with pytest.raises(InputError, match=f"^--input: {tracker} (can't be read|says)") as caught:
+        to_hugging_face(tmp_path / "saved", tmp_path / "out", reference=model[0])
+    assert "\n" not in str(caught.value)
+
+
+def test_an_output_in_the_folder_that_a_link_leads_to_is_refused(model, tmp_path):
+    folder, stored = model
+    write_in_pieces(tmp_path / "elsewhere", stored, {})
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "saved" / "release").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "saved" / "latest_checkpointed_iteration.txt").write_text("release")
+    before = sorted((tmp_path / "elsewhere").iterdir())
+    with pytest.raises(InputError, match=r"--output: .* --input .*elsewhere lie in one another"):
+        to_hugging_face(tmp_path / "saved", tmp_path / "elsewhere" / "out", reference=folder)
+    assert sorted((tmp_path / "elsewhere").iterdir()) == before
