@@ -67,11 +67,13 @@ def fused_vocabulary_gradient(
     copy of hidden_NH's gradient.
     Cost: four GEMMs. Over several ranks two all_gathers in each chunk, of 32 and of 4 (1 + K) bytes
     a token, K at most 3; with top_k a third of 4 k bytes. All ranks get the same bits.
-    Raises: ValueError naming the tensor that doesn't fit.
+    Raises: ValueError naming the tensor that doesn't fit, or a top_k below 1.
     """
     head.check(hidden_NH, targets_N)
     teacher_head.check(teacher_hidden_NG, targets_N)
     _check_heads_alike(head, teacher_head)
+    if objective.top_k is not None and objective.top_k < 1:
+        raise ValueError(f"the objective's top_k must be at least 1, got {objective.top_k}")
     if weight_N is None:
         weight_N = hidden_NH.new_ones(len(hidden_NH), dtype=torch.float32)
     check_fp32("weight_N", weight_N, targets_N.shape, targets_N.device)

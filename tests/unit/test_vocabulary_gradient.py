@@ -266,3 +266,12 @@ def test_the_weight_of_an_ignored_token_may_be_anything(layout: Layout) -> None:
     assert leaf_NV.grad is not None
     assert leaf_NV.grad.isfinite().all()
     assert (leaf_NV.grad[1] == 0).all()
+
+
+@pytest.mark.parametrize("top_k", [0, -1])
+@pytest.mark.parametrize("bucketed", [TopKReverseKL, TopKForwardKL])
+def test_a_k_below_1_is_refused(
+    bucketed: type[TopKReverseKL] | type[TopKForwardKL], top_k: int, layout: Layout
+) -> None:
+    with pytest.raises(ValueError, match=f"top_k must be at least 1, got {top_k}"):
+        of_logits(SOME, OTHERS, bucketed(top_k), layout)
