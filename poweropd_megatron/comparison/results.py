@@ -15,7 +15,7 @@ from poweropd_megatron.comparison.recipe import Recipe
 from poweropd_megatron.comparison.statistics import Spread, run_statistics, spread
 from poweropd_megatron.config.load import read_toml
 from poweropd_megatron.telemetry.axes import Records
-from poweropd_megatron.telemetry.sinks import read_jsonl
+from poweropd_megatron.telemetry.sinks import read_metrics
 from poweropd_megatron.train.output_folder import CONFIG_NAME
 
 NOT_FINISHED = "not finished"
@@ -128,7 +128,7 @@ def _result(
     if not run.is_finished:
         error = failures.get(run) or NOT_FINISHED
         return RunResult(seed=run.seed, error=error, records=[], statistics={})
-    records = read_jsonl(run.folder / "metrics.jsonl")
+    records = read_metrics(run.folder / "metrics.jsonl")
     return RunResult(
         seed=run.seed,
         error=None,

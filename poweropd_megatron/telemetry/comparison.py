@@ -18,7 +18,7 @@ from poweropd_megatron.telemetry.groups import (
 )
 from poweropd_megatron.telemetry.page import Figure, render_page
 from poweropd_megatron.telemetry.records import RunRecords, read_run
-from poweropd_megatron.telemetry.sinks import replace_text
+from poweropd_megatron.telemetry.sinks import check_output, replace_text
 from poweropd_megatron.telemetry.text import (
     MISSING,
     format_measure,
@@ -111,15 +111,14 @@ def write_comparison(run_dirs: Sequence[Path], path: Path) -> Path:
 
     Runs that differ in their seed alone are one curve: their mean in their range.
 
-    Raises: InputError, see read_run; ConfigError for a folder that is given twice, or a path in no
-    folder.
+    Raises: InputError, see read_run; ConfigError for a folder that is given twice, or a path that
+    can't be written.
     """
     resolved = [run_dir.resolve() for run_dir in run_dirs]
     for number, run_dir in enumerate(run_dirs):
         if resolved[number] in resolved[:number]:
             raise ConfigError(f"{run_dir} is given twice; name each run once")
-    if path.is_dir() or not path.parent.is_dir():
-        raise ConfigError(f"--output: {path} can't be written; name a file in a folder that exists")
+    check_output(path)
     runs = [read_run(run_dir) for run_dir in run_dirs]
     replace_text(path, comparison_page(runs))
     return path

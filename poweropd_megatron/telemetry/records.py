@@ -9,7 +9,7 @@ from typing import Any
 
 from poweropd_megatron.config.settings import SETTINGS
 from poweropd_megatron.errors import InputError
-from poweropd_megatron.telemetry.sinks import read_jsonl
+from poweropd_megatron.telemetry.sinks import read_jsonl, read_metrics
 from poweropd_megatron.telemetry.text import evaluation_measures
 
 
@@ -63,7 +63,7 @@ def read_run(run_dir: Path) -> RunRecords:
         raise InputError(f"{run_dir} is not a folder; give the output_dir of a run")
     if not (run_dir / "metrics.jsonl").is_file():
         raise InputError(f"{run_dir} has no metrics.jsonl; give the output_dir of a run")
-    metrics = read_jsonl(run_dir / "metrics.jsonl")
+    metrics = read_metrics(run_dir / "metrics.jsonl")
     config_text = _read_text(run_dir / "config.toml")
     return RunRecords(
         folder=run_dir,

@@ -9,7 +9,7 @@ from poweropd_megatron.telemetry import figures, reward_figures
 from poweropd_megatron.telemetry.axes import Records, first_and_last
 from poweropd_megatron.telemetry.page import Figure, render_page
 from poweropd_megatron.telemetry.records import RunRecords, read_run
-from poweropd_megatron.telemetry.sinks import replace_text
+from poweropd_megatron.telemetry.sinks import check_output, replace_text
 from poweropd_megatron.telemetry.text import (
     MISSING,
     evaluation_measures,
@@ -33,9 +33,11 @@ def write_report(run_dir: Path, path: Path | None = None) -> Path:
     What is missing is said there. The same records give the same bytes. It may be called while the
     run is going on.
 
-    Raises: InputError, see read_run.
+    Raises: InputError, see read_run; ConfigError for a path that can't be written.
     """
     run = read_run(run_dir)
+    path = path or run_dir / "report.html"
+    check_output(path)
     page = render_page(
         "report.html",
         models=[_model_name(name, run) for name in ("student", "teacher")],
@@ -50,7 +52,6 @@ def write_report(run_dir: Path, path: Path | None = None) -> Path:
         config_text=run.config_text,
         number=format_number,
     )
-    path = path or run_dir / "report.html"
     replace_text(path, page)
     return path
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from poweropd_megatron.errors import InputError
+from poweropd_megatron.errors import ConfigError, InputError
 
 
 class JsonlSink:
@@ -52,6 +52,30 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return [record for _, record in _complete_lines(path)]
 
 
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Return the records of a metrics.jsonl, whose values are numbers or null: see read_jsonl.
+
+    Raises: InputError for what read_jsonl refuses, or another value, with its line and name.
+    """
+    records = read_jsonl(path)
+    for number, record in enumerate(records, start=1):
+        for name, value in record.items():
+            if not isinstance(value, int | float | None):
+                raise InputError(
+                    f"{path}, line {number}: {name} must be a number or null, as runs write it, "
+                    f"not {value!r}; mend or delete the line"
+                )
+    return records
+
+
+def check_output(path: Path) -> None:
+    """Return if a command's --output can be written. Raises: ConfigError that names the path."""
+    if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise ConfigError(
+            f"--output: {path} can't be written; name a file in a folder that you can write to"
+        )
+
+
 def write_json_atomically(path: Path, obj: Mapping[str, Any]) -> None:
     """Replace path by obj as indented JSON; NaN and infinities become null."""
     text = json.dumps(_finite(obj), allow_nan=False, ensure_ascii=False, indent=2)
@@ -61,11 +85,16 @@ def write_json_atomically(path: Path, obj: Mapping[str, Any]) -> None:
 def replace_text(path: Path, text: str) -> None:
     """Replace a file by one durable rename: a reader, or a crash, finds the old text or the new."""
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    file = temporary.open("w", encoding="utf-8")
+    try:
+        with file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink()
+        raise
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)

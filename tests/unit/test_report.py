@@ -7,6 +7,7 @@ import pytest
 import torch
 from support.html_page import Page
 
+from poweropd_megatron.cli.main import main
 from poweropd_megatron.errors import InputError
 from poweropd_megatron.objectives.diagnostics import (
     reward_by_position,
@@ -15,7 +16,7 @@ from poweropd_megatron.objectives.diagnostics import (
     reward_metrics,
     reward_surface,
 )
-from poweropd_megatron.telemetry import figures, reward_figures
+from poweropd_megatron.telemetry import figures, report, reward_figures
 from poweropd_megatron.telemetry.report import write_report
 from poweropd_megatron.telemetry.sinks import JsonlSink, write_json_atomically
 
@@ -232,6 +233,34 @@ def test_a_malformed_file_is_named(run_dir, name):
     (run_dir / name).write_text("= {\n{}\n")
     with pytest.raises(InputError, match=re.escape(name)):
         write_report(run_dir)
+
+
+@pytest.mark.parametrize("output", ["nowhere/report.html", "taken", "", "config.toml/report.html"])
+def test_a_place_that_cannot_be_written_is_refused_in_one_line(
+    run_dir, output, monkeypatch, capsys
+):
+    (run_dir / "taken").mkdir()
+    monkeypatch.chdir(run_dir)
+    monkeypatch.setattr(report, "render_page", None)
+    before = sorted(run_dir.iterdir())
+    assert main(["report", ".", "--output", output]) == 2
+    shown = output or "."
+    assert capsys.readouterr().err == (
+        f"poweropd: error: --output: {shown} can't be written; name a file in a folder that you "
+        "can write to\n"
+    )
+    assert sorted(run_dir.iterdir()) == before
+
+
+@pytest.mark.parametrize("name", ["grad_norm", "eval/greedy_accuracy"])
+@pytest.mark.parametrize("value", ["x", [1.0], {}])
+def test_a_metric_that_is_no_number_is_named(run_dir, name, value, capsys):
+    JsonlSink(run_dir / "metrics.jsonl").write({"step": NUM_STEPS + 1, name: value})
+    assert main(["report", str(run_dir)]) == 2
+    assert capsys.readouterr().err == (
+        f"poweropd: error: {run_dir / 'metrics.jsonl'}, line {NUM_STEPS + 2}: {name} must be a "
+        f"number or null, as runs write it, not {value!r}; mend or delete the line\n"
+    )
 
 
 def test_shares_of_time_are_of_the_whole_run():

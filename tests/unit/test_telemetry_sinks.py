@@ -5,7 +5,12 @@ import pytest
 import torch
 
 from poweropd_megatron.errors import InputError
-from poweropd_megatron.telemetry.sinks import JsonlSink, read_jsonl, write_json_atomically
+from poweropd_megatron.telemetry.sinks import (
+    JsonlSink,
+    read_jsonl,
+    replace_text,
+    write_json_atomically,
+)
 
 
 @pytest.fixture
@@ -91,3 +96,12 @@ def test_json_that_cannot_be_written_leaves_the_old_file(tmp_path):
     with pytest.raises(TypeError):
         write_json_atomically(path, {"a": object()})
     assert json.loads(path.read_text()) == {"a": 1}
+
+
+def test_a_text_that_cannot_be_put_in_place_leaves_nothing_behind(tmp_path):
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(IsADirectoryError):
+        replace_text(tmp_path / "folder", "text")
+    with pytest.raises(UnicodeEncodeError):
+        replace_text(tmp_path / "report.html", "\ud800")
+    assert list(tmp_path.iterdir()) == [tmp_path / "folder"]
