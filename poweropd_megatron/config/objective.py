@@ -151,6 +151,9 @@ def unused_settings(objective: Mapping[str, Any]) -> dict[str, str]:
         return unused
     if kind == "z_score":
         unused["reward_normalization"] = "objective.kind = 'z_score' is normalized in itself"
+    if kind == "constant_negative" and objective.get("reward_normalization") != "z_score":
+        why = "objective.kind = 'constant_negative' has rewards of -1 and 0 alone"
+        unused["reward_normalization"] = why
     if objective.get("importance_ratio", "none") == "none":
         for setting in ("ratio_low", "ratio_high"):
             unused[setting] = "objective.importance_ratio = 'none' has no bounds"

@@ -38,8 +38,24 @@ def check_objective(objective: ObjectiveConfig) -> None:
             f"objective.terminal = {objective.terminal!r} scores another token in the EOS's place, "
             f"but objective.kind = {objective.kind!r} compares all tokens: use 'mask' or 'raw'"
         )
+    if objective.kind == "constant_negative":
+        _check_constant_negative(objective)
     if objective.kind == "tanh" and not smallest <= objective.tau <= largest:
         raise ConfigError(f"objective.tau must be > 0 and finite in fp32, not {objective.tau}")
+
+
+def _check_constant_negative(objective: ObjectiveConfig) -> None:
+    if objective.terminal == "cross_eos":
+        raise ConfigError(
+            "objective.terminal = 'cross_eos' changes the teacher's score of the EOS alone, but "
+            "objective.kind = 'constant_negative' takes nothing from the teacher: use 'raw', which "
+            "comes to the same, 'mask' or 'im_end'"
+        )
+    if objective.reward_normalization == "z_score":
+        raise ConfigError(
+            "objective.reward_normalization = 'z_score' would reward the tokens that "
+            "objective.kind = 'constant_negative' leaves at 0: leave it out"
+        )
 
 
 def refuse_unused(given: Collection[str], objective: Mapping[str, Any]) -> None:

@@ -68,12 +68,35 @@ def test_the_table_of_kinds_has_every_kind_and_only_settings_that_exist() -> Non
             'kind = "z_score"\nreward_normalization = "sign_max_abs"',
             "objective.kind = 'z_score' is normalized in itself. Leave it out",
         ),
+        (
+            'kind = "constant_negative"\nreward_normalization = "sign_max_abs"',
+            "objective.kind = 'constant_negative' has rewards of -1 and 0 alone. Leave it out",
+        ),
     ],
 )
 def test_a_setting_without_effect_is_refused_also_at_its_default(
     tmp_path: Path, text: str, message: str
 ) -> None:
     assert message in refusal(tmp_path, text)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "message"),
+    [
+        ("terminal", "cross_eos", "takes nothing from the teacher: use 'raw', which comes to the"),
+        ("reward_normalization", "z_score", "would reward the tokens that objective.kind ="),
+        ("reward_normalization", "sign_max_abs", "would have no effect: objective.kind ="),
+    ],
+)
+def test_what_means_nothing_to_a_reward_without_a_teacher_is_refused(
+    setting: str, value: str, message: str
+) -> None:
+    given = {f"objective__{setting}": value}
+    refused = message_of(config_with(objective__kind="constant_negative", **given))
+    assert refused.startswith(f"objective.{setting} = '{value}' ")
+    assert message in refused
+    for terminal in ("raw", "mask", "im_end"):
+        check(config_with(objective__kind="constant_negative", objective__terminal=terminal))
 
 
 def test_settings_that_were_made_in_python_are_checked_too() -> None:
