@@ -3,9 +3,11 @@
 Shapes: B sequences, T tokens, V vocabulary, U updates.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from support.exact_objective import exact_weights
 from support.plain_qwen3 import PlainQwen3
 from support.vocabulary_cases import LOSSES
 from torch import Tensor
@@ -18,13 +20,23 @@ from training import (
     masked_labels,
 )
 
-from poweropd_megatron.config.objective import ObjectiveKind
+from poweropd_megatron.config.objective import ObjectiveConfig
+
+POWER = ObjectiveConfig(kind="power")
 
 
 def update_in_plain_torch(
-    student_folder: str, teacher_folder: str, kind: ObjectiveKind = "power"
+    student_folder: str,
+    teacher_folder: str,
+    objective: ObjectiveConfig = POWER,
+    *,
+    mini_batch_size: int | None = None,
+    micro_batch_size: int = 2,
 ) -> Measured:
-    """Return what the updates come to without Megatron or this package's models, in fp64."""
+    """Return what the updates come to without Megatron or this package's models, in fp64.
+
+    Of mini-batches, each update's grad_norm is the mean of theirs, and gradients are the first's.
+    """
     student = PlainQwen3.from_folder(Path(student_folder))
     teacher = PlainQwen3.from_folder(Path(teacher_folder))
     weights = student.weights
@@ -38,39 +50,60 @@ def update_in_plain_torch(
         eps=OPTIMIZER.adam_eps,
     )
     trajectories = fixed_trajectories()
-    is_exact = kind in LOSSES
-    labels = masked_labels(trajectories) if is_exact else fixed_labels(trajectories)
+    is_exact = objective.kind in LOSSES
+    labels = (
+        masked_labels(trajectories, objective.window_first_percent)
+        if is_exact
+        else fixed_labels(trajectories)
+    )
     ids_BT, mask_BT = trajectories.token_ids_BT, labels.mask_BT
     with torch.no_grad():
         teacher_logp_BT, _, teacher_logp_BTV = _score(teacher, ids_BT, labels.teacher_BT, mask_BT)
+    size = mini_batch_size or len(ids_BT)
+    parts = [slice(start, start + size) for start in range(0, len(ids_BT), size)]
+    decay_steps = NUM_UPDATES * (len(ids_BT) // size)
     logps, entropies, losses, norms, gradients = [], [], [], [], {}
-    for update in range(NUM_UPDATES):
-        logp_BT, entropy_BT, logp_BTV = _score(student, ids_BT, labels.student_BT, mask_BT)
-        reward_BT = teacher_logp_BT.exp() - logp_BT.detach().exp()
-        loss = -(reward_BT * logp_BT)[mask_BT].mean()
+    for step in range(NUM_UPDATES * len(parts)):
+        part = parts[step % len(parts)]
+        mask = mask_BT[part]
+        logp_BT, entropy_BT, logp_BTV = _score(student, ids_BT[part], labels.student_BT[part], mask)
+        lengths = trajectories.total_lengths_B[part].tolist()
+        micro_batches = _by_length(lengths, micro_batch_size)
+        weight_BT = exact_weights(objective, logp_BT, logp_BT, mask, mask, micro_batches)
+        reward_BT = teacher_logp_BT[part].exp() - logp_BT.detach().exp()
+        loss_N = -(reward_BT * logp_BT)[mask]
         if is_exact:
-            loss = LOSSES[kind](logp_BTV[mask_BT], teacher_logp_BTV[mask_BT]).mean()
+            loss_N = LOSSES[objective.kind](logp_BTV[mask], teacher_logp_BTV[part][mask])
+        loss = (weight_BT[mask] * loss_N).sum()
         optimizer.zero_grad()
         loss.backward()
         gradients = gradients or {name: [weight.grad.clone()] for name, weight in weights.items()}
         norms.append(torch.nn.utils.clip_grad_norm_(weights.values(), OPTIMIZER.clip_grad))
         for group in optimizer.param_groups:
-            share = update / NUM_UPDATES
+            share = min(step / decay_steps, 1)
             group["lr"] = (1 - share) * OPTIMIZER.lr + share * OPTIMIZER.min_lr
         optimizer.step()
         logps.append(logp_BT.detach())
         entropies.append(entropy_BT.detach())
-        losses.append(loss.detach())
+        losses.append(loss.detach() * mask.sum() / mask_BT.sum())
     return Measured(
         teacher_logp_BT=teacher_logp_BT,
-        logp_UBT=torch.stack(logps),
-        entropy_UBT=torch.stack(entropies),
-        loss_U=torch.stack(losses),
-        grad_norm_U=torch.stack(norms),
+        logp_UBT=torch.cat(logps).view(NUM_UPDATES, *ids_BT.shape),
+        entropy_UBT=torch.cat(entropies).view(NUM_UPDATES, *ids_BT.shape),
+        loss_U=torch.stack(losses).view(NUM_UPDATES, -1).sum(dim=1),
+        grad_norm_U=torch.stack(norms).view(NUM_UPDATES, -1).mean(dim=1),
         gradients=gradients,
         weights={name: [weight.detach()] for name, weight in weights.items()},
         padding=[],
     )
+
+
+def _by_length(lengths: Sequence[int], micro_batch_size: int) -> list[list[int]]:
+    """Return the rows of each micro-batch of one rank: those of like length go together."""
+    rows = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+    return [
+        rows[start : start + micro_batch_size] for start in range(0, len(rows), micro_batch_size)
+    ]
 
 
 def _score(

@@ -64,7 +64,9 @@ def references(folders: dict[str, str]) -> dict[tuple[str, ObjectiveKind], Measu
     """Return what plain torch measured, by student and kind."""
     return {
         (student, kind): update_in_plain_torch(
-            folders[f"student-{student}"], folders["teacher-same-tokens"], kind
+            folders[f"student-{student}"],
+            folders["teacher-same-tokens"],
+            ObjectiveConfig(kind=kind),
         )
         for student in TOLERANCE
         for kind in KINDS

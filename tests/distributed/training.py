@@ -36,6 +36,7 @@ from poweropd_megatron.parallel.layout import student_layout, teacher_layout
 from poweropd_megatron.rollout.megatron_engine import MegatronRolloutEngine
 from poweropd_megatron.rollout.sampling import Sampling
 from poweropd_megatron.rollout.trajectories import Trajectories
+from poweropd_megatron.train.step_metrics import step_metrics
 from poweropd_megatron.train.student import Student
 from poweropd_megatron.train.student_outcome import StudentOutcome
 from poweropd_megatron.train.teacher import Teacher
@@ -118,9 +119,9 @@ def fixed_labels(trajectories: Trajectories) -> Labels:
     return label(trajectories, "cross_eos", teacher_eos_id=TEACHER_EOS)
 
 
-def masked_labels(trajectories: Trajectories) -> Labels:
+def masked_labels(trajectories: Trajectories, first_percent: float = 100.0) -> Labels:
     """Return labels without the final EOS: one of those that can be compared with all tokens."""
-    return label(trajectories, "mask", teacher_eos_id=TEACHER_EOS)
+    return label(trajectories, "mask", teacher_eos_id=TEACHER_EOS, first_percent=first_percent)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,7 +207,9 @@ def build_models(
         student_model=student_model,
         teacher=Teacher(config.teacher, teacher_model, of_teacher, logits_dtype="fp32"),
         trajectories=trajectories,
-        labels=masked_labels(trajectories) if is_exact else fixed_labels(trajectories),
+        labels=masked_labels(trajectories, row.objective.window_first_percent)
+        if is_exact
+        else fixed_labels(trajectories),
     )
 
 
@@ -246,13 +249,16 @@ def update_on_ranks(
     weights = models.gather(lambda weight: weight)
     first = gradients[0] if student.layout.holds_model else {"padding": []}
     logp_UBT = torch.stack([outcome.logp_BT for outcome in outcomes])
+    batch = (models.trajectories, models.labels, teacher_logp_BT)
     return Measured(
         teacher_logp_BT=teacher_logp_BT,
         logp_UBT=logp_UBT,
         entropy_UBT=torch.stack([outcome.entropy_BT for outcome in outcomes]),
         loss_U=_loss(logp_UBT, teacher_logp_BT, models.labels)
         if outcomes[0].loss_BT is None
-        else torch.stack([outcome.loss_BT[models.labels.mask_BT].mean() for outcome in outcomes]),
+        else torch.tensor(
+            [step_metrics(*batch, outcome, ratio=None)["loss"] for outcome in outcomes]
+        ),
         grad_norm_U=torch.tensor([outcome.grad_norm for outcome in outcomes]),
         padding=first.pop("padding") + weights.pop("padding"),
         gradients=first,

@@ -80,3 +80,27 @@ def test_without_rewards_the_norm_by_their_scale_is_0():
     )
     metrics = step_metrics(trajectories, labels, logp_BT, outcome, ratio=None)
     assert metrics["grad_norm_per_reward"] == 0.0
+
+
+def test_the_loss_over_the_whole_vocabulary_has_the_weights_of_its_tokens():
+    trajectories = made_trajectories.make([([5], [7, 8, EOS]), ([5, 6], [9, 9])], eos=EOS)
+    labels = label(trajectories, "raw", teacher_eos_id=TEACHER_EOS)
+    loss_BT, weight_BT, full_kl_BT = torch.rand(3, *labels.mask_BT.shape).double()
+    zeros_BT = torch.zeros(labels.mask_BT.shape)
+    outcome = StudentOutcome(
+        logp_BT=zeros_BT,
+        teacher_logp_BT=zeros_BT,
+        entropy_BT=zeros_BT,
+        grad_norm=0.0,
+        learning_rate=1.0,
+        reward=log_ratio_reward,
+        weight_BT=weight_BT,
+        loss_BT=loss_BT,
+        full_kl_BT=full_kl_BT,
+    )
+    metrics = step_metrics(trajectories, labels, zeros_BT, outcome, ratio=None)
+    tokens = [(0, 1), (0, 2), (0, 3), (1, 2), (1, 3)]
+    expected = sum(float(loss_BT[token] * weight_BT[token]) for token in tokens) / 5
+    assert metrics["loss"] == pytest.approx(expected)
+    mean_kl = sum(float(full_kl_BT[token]) for token in tokens) / 5
+    assert metrics["kl/full_vocabulary"] == pytest.approx(mean_kl)
