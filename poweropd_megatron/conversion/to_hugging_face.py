@@ -63,7 +63,7 @@ def to_hugging_face(
     weights = weights_folder(source, setting=_INPUT)
     partial.check_places(output, _OUTPUT, input=weights.resolve())
     tensors, others = _plan_tensors(source, weights, reference, dtype)
-    check_other_files(others, setting=_REFERENCE)
+    other_bytes = check_other_files(others, setting=_REFERENCE)
     files = _files(tensors, others, max_shard_bytes)
     jobs = list(_jobs(files, max_bytes=_job_bytes(tensors)))
     with partial.claimed(output, _OUTPUT) as folder:
@@ -83,7 +83,7 @@ def to_hugging_face(
         try:
             done = folder.begin(plan)
             missing = {part: job.num_bytes for part, job in enumerate(jobs) if part not in done}
-            partial.check_space(folder.path, sum(missing.values()), _OUTPUT)
+            partial.check_space(folder.path, sum(missing.values()) + other_bytes, _OUTPUT)
             for file in files:
                 file.create(folder.path)
             workers.run_parts(

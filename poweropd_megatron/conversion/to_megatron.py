@@ -51,7 +51,7 @@ def to_megatron(
     config = read_model_config(source, setting=_INPUT)
     tensors = read_tensors(source, setting=_INPUT)
     check_tensors(config, tensors, setting=_INPUT)
-    check_other_files(source, setting=_INPUT)
+    other_bytes = check_other_files(source, setting=_INPUT)
     stored = list(stored_tensors(config))
     items = list(_items(stored, tensors, dtype))
     total_bytes = sum(item.num_bytes for item in items)
@@ -71,7 +71,7 @@ def to_megatron(
         try:
             done = folder.begin(plan)
             missing = {part: file.num_bytes for part, file in enumerate(files) if part not in done}
-            partial.check_space(folder.path, sum(missing.values()), _OUTPUT)
+            partial.check_space(folder.path, sum(missing.values()) + other_bytes, _OUTPUT)
             conversion.folder.mkdir(exist_ok=True)
             workers.run_parts(
                 missing, conversion.write, keep, num_workers=num_workers, verb="import"

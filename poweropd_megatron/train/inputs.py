@@ -1,6 +1,7 @@
 """Everything that a run reads before it touches a model, checked while an error costs nothing."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from poweropd_megatron.config import rules
 from poweropd_megatron.config.objective import KINDS
@@ -17,6 +18,7 @@ from poweropd_megatron.models.model_inputs import (
     check_tokens,
     read_model,
 )
+from poweropd_megatron.models.other_files import check_other_files
 from poweropd_megatron.telemetry.trackers import check_trackers
 from poweropd_megatron.train.output_folder import check_place
 
@@ -39,8 +41,9 @@ def read_inputs(config: TrainConfig, *, world_size: int) -> RunInputs:
     """Return the inputs of a run.
 
     Raises: ConfigError or InputError naming the setting: impossible layouts, packages that are
-    missing, kernels that don't exist, folders that hold no known model, tokenizers that differ, bad
-    prompt files, prompts and responses longer than a model's positions.
+    missing, kernels that don't exist, folders that hold no known model, files beside the student
+    that the export can't copy, tokenizers that differ, bad prompt files, prompts and responses
+    longer than a model's positions.
     """
     rules.check(config, world_size)
     check_trackers(config.telemetry)
@@ -53,6 +56,7 @@ def read_inputs(config: TrainConfig, *, world_size: int) -> RunInputs:
         check_megatron_settings(config)
     student = read_model("student", config.student)
     teacher = read_model("teacher", config.teacher)
+    check_other_files(Path(config.student.path), setting="student.path")
     tokenizer = Tokenizer.from_folder(config.student.path, setting="student.path")
     teacher_tokenizer = Tokenizer.from_folder(config.teacher.path, setting="teacher.path")
     check_same_vocabulary(tokenizer, teacher_tokenizer)

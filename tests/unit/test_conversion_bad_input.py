@@ -265,8 +265,8 @@ def test_a_reference_with_other_tensors_is_refused(converted, tmp_path):
 def test_a_reference_with_a_link_to_nothing_in_a_folder_is_refused(converted, tmp_path):
     shutil.copytree(converted[0], tmp_path / "hf")
     (tmp_path / "hf" / "onnx").mkdir()
-    (tmp_path / "hf" / "onnx" / "model.onnx").symlink_to("nowhere")
-    with pytest.raises(InputError, match=r"--reference: .*model.onnx links to nowhere"):
+    (tmp_path / "hf" / "onnx" / "config.json").symlink_to("nowhere")
+    with pytest.raises(InputError, match=r"--reference: .*onnx/config.json links to nowhere"):
         to_hugging_face(converted[1], tmp_path / "out", reference=tmp_path / "hf")
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
