@@ -3,11 +3,12 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 
 from poweropd_megatron.errors import InputError
 from poweropd_megatron.json_file import read_json
-from poweropd_megatron.models.hf_folder import INDEX_NAME, HFFolder
+from poweropd_megatron.models.hf_folder import INDEX_NAME, HFFolder, is_weight_file
 
 DEFAULT_MAX_SHARD_BYTES = 5 * 10**9
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -16,7 +17,7 @@ _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**
 def parse_size(text: str) -> int:
     """Return the bytes of a size such as 5GB, 500MB or 2GiB. Raises: ValueError."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]I?B)?", text.strip().upper())
-    num_bytes = int(float(match[1]) * _UNITS[match[2] or ""]) if match else 0
+    num_bytes = int(Decimal(match[1]) * _UNITS[match[2] or ""]) if match else 0
     if num_bytes <= 0:
         raise ValueError(f"{text!r} is no size above 0 such as 5GB, 500MB or 2GiB")
     return num_bytes
@@ -40,8 +41,7 @@ def reference_files(reference: Path, *, setting: str) -> dict[str, str]:
     if index_path.is_file():
         weight_map = read_json(index_path, setting).get("weight_map")
         is_map = isinstance(weight_map, dict) and all(
-            isinstance(place, str) and Path(place).name == place and place.endswith(".safetensors")
-            for place in weight_map.values()
+            isinstance(place, str) and is_weight_file(place) for place in weight_map.values()
         )
         if not is_map:
             raise InputError(f"{setting}: {index_path} has no weight_map of names to file names")

@@ -11,6 +11,11 @@ from poweropd_megatron.json_file import read_json
 INDEX_NAME = "model.safetensors.index.json"
 
 
+def is_weight_file(place: str) -> bool:
+    """Return whether an index's place is the name of a *.safetensors file, not a path elsewhere."""
+    return Path(place).name == place and place.endswith(".safetensors")
+
+
 class HFFolder:
     """Tensors of the *.safetensors files in a folder, through their index where there is one."""
 
@@ -18,8 +23,8 @@ class HFFolder:
         """Read which file holds which tensor.
 
         Raises: InputError if the folder or a file is missing, truncated or not in safetensors
-        format, or lacks a tensor that the index places in it; or if, without an index, two files
-        hold the same tensor.
+        format, or lacks a tensor that the index places in it; if the index places one outside of
+        the folder; or if, without an index, two files hold the same tensor.
         """
         self.path = Path(path)
         self.setting = setting
@@ -62,10 +67,10 @@ class HFFolder:
             if not isinstance(weight_map, dict):
                 raise InputError(f"{self.setting}: {index_path} has no weight_map")
             for name, place in weight_map.items():
-                if not isinstance(place, str):
+                if not isinstance(place, str) or not is_weight_file(place):
                     raise InputError(
                         f"{self.setting}: {index_path} places {name} in {place!r}, expected the "
-                        "name of a file"
+                        "name of a *.safetensors file in the folder"
                     )
             for file_name in sorted(set(weight_map.values())):
                 names = [name for name, place in weight_map.items() if place == file_name]

@@ -11,6 +11,7 @@ from support.converted_folder import global_tensors
 from support.stored_checkpoint import write_in_pieces
 from torch import Tensor
 
+from poweropd_megatron.conversion.shards import parse_size
 from poweropd_megatron.conversion.to_hugging_face import to_hugging_face
 from poweropd_megatron.errors import InputError
 from poweropd_megatron.inspection.folder import examine
@@ -148,3 +149,11 @@ def test_an_output_in_the_folder_that_a_link_leads_to_is_refused(model, tmp_path
     with pytest.raises(InputError, match=r"--output: .* --input .*elsewhere lie in one another"):
         to_hugging_face(tmp_path / "saved", tmp_path / "elsewhere" / "out", reference=folder)
     assert sorted((tmp_path / "elsewhere").iterdir()) == before
+
+
+def test_sizes_are_exact_and_of_any_number_of_digits():
+    assert parse_size("0.3GB") == 300_000_000
+    assert parse_size("2 GiB") == 2**31
+    assert parse_size("9" * 400 + "GB") > 10**400
+    with pytest.raises(ValueError, match="is no size above 0"):
+        parse_size("0." + "0" * 400 + "1GB")

@@ -99,8 +99,10 @@ def test_an_index_that_names_an_absent_file_is_refused(tmp_path: Path) -> None:
         ("[]", "holds a list, expected an object"),
         ("{}", "has no weight_map"),
         ('{"weight_map": ["a"]}', "has no weight_map"),
-        ('{"weight_map": {"a": 1}}', "places a in 1, expected the name of a file"),
-        ('{"weight_map": {"a": "b", "c": ["b"]}}', r"places c in \['b'\], expected the name"),
+        ('{"weight_map": {"a": 1}}', "places a in 1, expected the name of a "),
+        ('{"weight_map": {"a": ["b"]}}', r"places a in \['b'\], expected the name"),
+        ('{"weight_map": {"a": "../b.safetensors"}}', r"places a in '\.\./b\.safetensors', exp"),
+        ('{"weight_map": {"a": "b.bin"}}', r"places a in 'b\.bin', expected the name"),
         ("[" * 100_000, "can't be read as JSON: maximum recursion depth"),
     ],
 )
