@@ -15,7 +15,7 @@ import torch
 
 from poweropd_megatron.conversion.arrays import PIECE_BYTES, FileBlock, Files, read_pieces
 from poweropd_megatron.errors import InputError
-from poweropd_megatron.models.families import hugging_face_shapes
+from poweropd_megatron.models.families import check_num_layers, hugging_face_shapes
 from poweropd_megatron.models.hf_folder import INDEX_NAME, HFFolder
 from poweropd_megatron.models.model_config import ModelConfig
 
@@ -85,10 +85,11 @@ def check_tensors(config: ModelConfig, tensors: Mapping[str, HFTensor], *, setti
     With tied embeddings lm_head.weight may be there too; it is compared with the embedding.
     Raises: InputError naming the tensor that is missing, unknown, or of another shape.
     """
+    place = next(iter(tensors.values())).path.parent
+    check_num_layers(config, len(tensors), place, setting=setting)
     expected = hugging_face_shapes(config)
     if config.tie_word_embeddings and HEAD in tensors:
         expected[HEAD] = expected[EMBEDDING]
-    place = next(iter(tensors.values())).path.parent
     for name in sorted(expected.keys() - tensors.keys()):
         raise InputError(f"{setting}: {place} has no tensor {name}, which config.json implies")
     for name in sorted(tensors.keys() - expected.keys()):

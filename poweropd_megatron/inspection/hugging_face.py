@@ -8,9 +8,14 @@ from typing import Any
 from poweropd_megatron.conversion.hf_tensors import HEAD
 from poweropd_megatron.errors import InputError
 from poweropd_megatron.inspection.findings import SETTING, Facts, Findings
-from poweropd_megatron.models.families import hugging_face_shapes, read_model_config
+from poweropd_megatron.models.families import (
+    check_num_layers,
+    hugging_face_shapes,
+    read_model_config,
+)
 from poweropd_megatron.models.families.config_file import ConfigFile
 from poweropd_megatron.models.hf_folder import INDEX_NAME
+from poweropd_megatron.models.model_config import ModelConfig
 
 _DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
 """torch's names of safetensors' types that models have."""
@@ -30,8 +35,7 @@ def examine(path: Path) -> Findings:
     except InputError as error:
         findings.add_error(error)
     if findings.model is not None:
-        optional = [HEAD] if findings.model.tie_word_embeddings else []
-        findings.compare_shapes(hugging_face_shapes(findings.model), optional=optional)
+        _check_tensors(findings, findings.model)
         check_dtype(findings, path)
     for name in _COMPANIONS:
         if not (path / name).is_file():
@@ -39,6 +43,17 @@ def examine(path: Path) -> Findings:
     if not any((path / name).is_file() for name in _TOKENIZERS):
         findings.notes.append(f"no tokenizer ({', '.join(_TOKENIZERS)})")
     return findings
+
+
+def _check_tensors(findings: Findings, model: ModelConfig) -> None:
+    """Add a problem for tensors other than those that config.json implies."""
+    try:
+        check_num_layers(model, len(findings.tensors), findings.path, setting=SETTING)
+    except InputError as error:
+        findings.add_error(error)
+        return
+    optional = [HEAD] if model.tie_word_embeddings else []
+    findings.compare_shapes(hugging_face_shapes(model), optional=optional)
 
 
 def _read_headers(findings: Findings) -> None:
@@ -125,7 +140,7 @@ def check_dtype(findings: Findings, folder: Path) -> None:
     stated = file.get("dtype") or file.get("torch_dtype")
     if stated is None:
         findings.notes.append("config.json states no dtype")
-    elif findings.tensors and stated not in findings.dtypes:
+    elif findings.tensors and stated not in list(findings.dtypes):
         findings.problems.append(
             f"config.json states {stated}, the tensors are {', '.join(sorted(findings.dtypes))}"
         )

@@ -13,7 +13,11 @@ from typing import Protocol
 from torch import Tensor
 
 from poweropd_megatron.errors import InputError
-from poweropd_megatron.models.families import hugging_face_shapes, stored_tensors
+from poweropd_megatron.models.families import (
+    check_num_layers,
+    hugging_face_shapes,
+    stored_tensors,
+)
 from poweropd_megatron.models.families.weight import Weight
 from poweropd_megatron.models.hf_folder import HFFolder
 from poweropd_megatron.models.model_config import ModelConfig
@@ -63,6 +67,7 @@ class HuggingFaceWeights:
     def __init__(self, config: ModelConfig, folder: HFFolder) -> None:
         self.setting = folder.setting
         self._folder = folder
+        check_num_layers(config, len(folder.names()), folder.path, setting=folder.setting)
         found = folder.names() - ({"lm_head.weight"} if config.tie_word_embeddings else set())
         _check_names(config, folder, found, hugging_face_shapes(config).keys())
 

@@ -48,6 +48,16 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], object], str]] = {
         lambda folder: change_json(folder / "config.json", num_hidden_layers=1),
         "11 tensors are unexpected: model.layers.1.",
     ),
+    "layers beyond all bounds": (
+        "untied",
+        lambda folder: change_json(folder / "config.json", num_hidden_layers=10**9),
+        "config.json describes 1000000000 layers, but all the folder has is 25 tensors",
+    ),
+    "experts beyond all bounds": (
+        "experts",
+        lambda folder: change_json(folder / "config.json", num_experts=10**9),
+        "config.json describes 2 layers of 1000000000 experts, but all the folder has is",
+    ),
     "other shape": (
         "untied",
         lambda folder: change_tensor(folder, "lm_head.weight", lambda tensor: tensor[1:]),
@@ -57,6 +67,11 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], object], str]] = {
         "untied",
         lambda folder: change_json(folder / "config.json", torch_dtype="bfloat16"),
         "config.json states bfloat16, the tensors are float32",
+    ),
+    "a list as the type": (
+        "untied",
+        lambda folder: change_json(folder / "config.json", torch_dtype=["float32"]),
+        "config.json states ['float32'], the tensors are float32",
     ),
     "truncated": (
         "untied",

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from support import converted_folder, qwen3_folder
+from support.edited_folder import edit_json
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -57,6 +58,15 @@ def test_a_rank_gets_the_same_shards_from_either_folder(
         for weight, ours, theirs in zip(weights, *shards, strict=True):
             assert torch.equal(ours, theirs), weight.megatron
             assert not ours.isnan().any()
+
+
+@pytest.mark.timeout(30)
+def test_a_billion_layers_are_refused_without_naming_them(folder: Path) -> None:
+    edit_json(folder.parent / "hugging-face", "config.json", num_hidden_layers=10**9)
+    config = read_model_config(folder.parent / "hugging-face", setting=SETTING)
+    problem = r"config\.json describes 1000000000 layers, but all the folder has is 25 tensors$"
+    with pytest.raises(InputError, match=rf"^{SETTING}: .*{problem}"):
+        open_weights(config, folder.parent / "hugging-face", setting=SETTING)
 
 
 def remove(key: str) -> Callable[[dict[str, Tensor]], Any]:

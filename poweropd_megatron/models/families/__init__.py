@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
+from poweropd_megatron.errors import InputError
 from poweropd_megatron.models.families import llama, qwen3, qwen3_moe
 from poweropd_megatron.models.families.config_file import ConfigFile
 from poweropd_megatron.models.families.weight import StoredTensor, Weight
@@ -75,6 +76,21 @@ def stored_tensors(config: ModelConfig) -> Iterator[StoredTensor]:
     for row in FAMILIES[config.model_type].table(config):
         if not row.is_copy:
             yield StoredTensor(weight=row, num_layers=config.num_layers, num_experts=num_experts)
+
+
+def check_num_layers(config: ModelConfig, num_tensors: int, folder: Path, *, setting: str) -> None:
+    """Return if a Hugging Face folder has at least a tensor for each layer (and expert of it).
+
+    Called before hugging_face_shapes, which would make the names of a billion layers.
+    Raises: InputError.
+    """
+    num_experts = config.experts.num_moe_experts if config.experts else 1
+    if config.num_layers * num_experts > num_tensors:
+        experts = f" of {num_experts} experts" if config.experts else ""
+        raise InputError(
+            f"{setting}: {folder / 'config.json'} describes {config.num_layers} layers{experts}, "
+            f"but all the folder has is {num_tensors} tensors"
+        )
 
 
 def hugging_face_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
