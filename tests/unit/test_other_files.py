@@ -60,7 +60,8 @@ def test_all_files_but_weights_of_any_kind_are_copied_at_any_depth(folder, tmp_p
 def link_to_nothing_behind_a_link(folder: Path) -> None:
     (folder.parent / "elsewhere").mkdir()
     (folder.parent / "elsewhere" / "notes.md").symlink_to("nowhere")
-    (folder / "linked").symlink_to("../elsewhere")
+    (folder / "figures").mkdir()
+    (folder / "figures" / "linked").symlink_to("../../elsewhere")
 
 
 def loop_through_elsewhere(folder: Path) -> None:
@@ -77,7 +78,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "link to nothing behind a link": (
         link_to_nothing_behind_a_link,
-        r"linked/notes\.md links to nowhere, which is missing",
+        r"figures/linked/notes\.md links to nowhere, which is missing",
     ),
     "link to itself": (
         lambda folder: (folder / "again").symlink_to("."),
