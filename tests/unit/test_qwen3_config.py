@@ -109,6 +109,16 @@ def test_the_bundled_models_are_read(student_folder: Path, teacher_folder: Path)
             "tie_word_embeddings is 'false', expected true or false",
         ),
         (MOE | {"norm_topk_prob": 1}, "norm_topk_prob is 1, expected true or false"),
+        (
+            {"layer_types": ["full_attention", "sliding_attention"]},
+            "layer_types has 'sliding_attention', which is not supported",
+        ),
+        ({"layer_types": "full_attention"}, "layer_types is 'full_attention', expected a list"),
+        ({"compression_config": {"format": "int"}}, "compression_config = .* is not supported"),
+        (
+            {"rope_parameters": {"rope_theta": 1e4, "full_attention": {"rope_type": "yarn"}}},
+            "rope_parameters.full_attention, rotary angles by kind, are not supported",
+        ),
         ({"dtype": "bfloat16"}, "torch_dtype is 'float32', but dtype 'bfloat16': remove one"),
         (MOE | {"num_local_experts": 8}, "num_experts is 4, but num_local_experts 8: remove one"),
         (

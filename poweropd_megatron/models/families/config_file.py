@@ -62,6 +62,9 @@ class ConfigFile:
             if not isinstance(rope, dict):
                 raise self.error(f"{name} is {rope!r}, expected an object")
             self._refuse_unless("rope_type", rope.get("rope_type", rope.get("type")), "default")
+            for kind, value in rope.items():
+                if isinstance(value, dict):
+                    raise self.error(f"{name}.{kind}, rotary angles by kind, are not supported")
             places.append(rope)
         for place in places:
             share = place.get("partial_rotary_factor")
@@ -82,6 +85,15 @@ class ConfigFile:
         for name in names:
             if self.get(name):
                 raise self.error(f"{name} = {self.get(name)!r} is not supported")
+
+    def refuse_other_layers(self) -> None:
+        """Raise InputError if layer_types names others than those that attend to all tokens."""
+        kinds = self._value("layer_types", [])
+        if not isinstance(kinds, list):
+            raise self.error(f"layer_types is {kinds!r}, expected a list")
+        for kind in kinds:
+            if kind != "full_attention":
+                raise self.error(f"layer_types has {kind!r}, which is not supported")
 
     def error(self, problem: str) -> InputError:
         """Return an error about this file."""
@@ -114,7 +126,9 @@ def read_decoder(
 
     Raises: InputError naming the field that is absent, malformed, or not modelled by any family.
     """
-    file.refuse_truthy("attention_bias", "use_sliding_window", "quantization_config")
+    file.refuse_truthy("attention_bias", "use_sliding_window")
+    file.refuse_truthy("quantization_config", "compression_config")
+    file.refuse_other_layers()
     file.refuse_unless("hidden_act", "silu")
     file.refuse_two_values("torch_dtype", "dtype")
     return ModelConfig(
