@@ -195,7 +195,7 @@ def _load_file(
         yield Prompt(
             text=text,
             token_ids=_encode(text, tokenizer, data.max_prompt_length, place),
-            answer=read_answer(row, place),
+            answer=read_answer(row, place, may_be_blank=is_answered),
             source=file.stem,
             id=read_id(row, place) if is_answered else None,
             tolerance=read_tolerance(row, place) if is_answered else None,

@@ -89,10 +89,14 @@ def refuse_lone_surrogates(text: str, name: str, place: str) -> None:
         ) from error
 
 
-def read_answer(row: Mapping[str, Any], place: str) -> str | None:
-    """Return the answer as text; None if it is absent, null or blank."""
+def read_answer(row: Mapping[str, Any], place: str, *, may_be_blank: bool) -> str | None:
+    """Return the answer as text; None if it is absent or null, or blank where it may be.
+
+    Evaluation's may be, so that all lines without an answer can be told of at once.
+    """
     answer = row.get("answer")
-    if answer is None or (isinstance(answer, str) and not answer.strip()):
+    is_blank = isinstance(answer, str) and not answer.strip()
+    if answer is None or (is_blank and may_be_blank):
         return None
     if isinstance(answer, int) and not isinstance(answer, bool):
         return str(answer)

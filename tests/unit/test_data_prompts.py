@@ -120,6 +120,7 @@ def test_suffix_and_template_are_applied(tmp_path: Path, chat_tokenizer: Tokeniz
         ({"prompt": None}, '"prompt" must be text, got NoneType'),
         ({"prompt": ["1="]}, '"prompt" must be text, got list'),
         ({"prompt": " \n"}, '"prompt" is blank'),
+        ({"prompt": "1=", "answer": " "}, '"answer" is blank'),
         ({"prompt": "1=", "answer": 1.5}, '"answer" must be text or a whole number, got float'),
         ({"prompt": "1=", "answer": True}, '"answer" must be text or a whole number, got bool'),
         ({"prompt": "1+2+3+4="}, "8 tokens, more than data.max_prompt_length = 6"),
