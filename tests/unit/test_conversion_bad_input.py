@@ -1,7 +1,6 @@
 """What can't be converted is refused by file and tensor, before anything is written."""
 
 import json
-import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +12,6 @@ from support.converted_folder import global_tensors
 from support.edited_folder import add_to_index, edit, edit_json
 from support.stored_checkpoint import write_in_pieces
 
-from poweropd_megatron.cli.main import main
 from poweropd_megatron.conversion import workers
 from poweropd_megatron.conversion.to_hugging_face import to_hugging_face
 from poweropd_megatron.conversion.to_megatron import to_megatron
@@ -280,29 +278,3 @@ def test_a_worker_that_is_killed_is_told(converted, tmp_path, monkeypatch):
     monkeypatch.setattr("poweropd_megatron.conversion.to_hugging_face._job_bytes", lambda _: 1000)
     with pytest.raises(InputError, match="--workers: one of them ended with code 9"):
         to_hugging_face(converted[1], tmp_path / "out", num_workers=2)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["to-hf", "--max-shard-size", "5XB"], "is no size above 0 such as 5GB"),
-        (["to-hf", "--max-shard-size", "0GB"], "is no size above 0 such as 5GB"),
-        (["to-megatron", "--workers", "0"], "is no number of processes above 0"),
-        (["to-megatron", "--dtype", "fp8"], "invalid choice: 'fp8'"),
-        (["to-megatron"], "the following arguments are required: --input, --output"),
-        ([], "the following arguments are required: DIRECTION"),
-    ],
-)
-def test_a_malformed_command_line_is_refused(arguments, message, capsys):
-    with pytest.raises(SystemExit) as ended:
-        main(["convert", *arguments])
-    assert ended.value.code == 2
-    assert re.search(message, capsys.readouterr().err)
-
-
-def test_an_error_is_one_line_and_exit_code_2(tmp_path, capsys):
-    arguments = ["--input", str(tmp_path / "no"), "--output", str(tmp_path / "out")]
-    assert main(["convert", "to-megatron", *arguments]) == 2
-    captured = capsys.readouterr()
-    assert captured.err.startswith("poweropd: error: --input: ")
-    assert captured.err.count("\n") == 1
