@@ -14,7 +14,7 @@ def divisors(value: int) -> list[int]:
     return [divisor for divisor in range(1, value + 1) if value % divisor == 0]
 
 
-def listed(values: Iterable[int]) -> str:
+def listed(values: Iterable[int | str]) -> str:
     """Return values as in "1, 2 or 4"."""
     *others, last = map(str, values)
     return f"{', '.join(others)} or {last}" if others else last

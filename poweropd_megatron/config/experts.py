@@ -1,10 +1,16 @@
 """How a model's experts are shared out over ranks."""
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 from poweropd_megatron.config.choices import divisors, listed
 from poweropd_megatron.config.schema import ParallelConfig
 from poweropd_megatron.errors import ConfigError
+
+RECOMPUTED_MODULES = ("core_attn", "mlp", "moe")
+"""What Megatron's recompute_modules can name in these models; its "layernorm" calls Transformer
+Engine, installed or not."""
 
 
 def check_expert_ranks(name: str, parallel: ParallelConfig, world_size: int) -> None:
@@ -63,4 +69,18 @@ def check_experts(name: str, parallel: ParallelConfig, num_moe_experts: int | No
             f"{name}.parallel.tensor_model_parallel_size = {parallel.tensor_model_parallel_size} "
             f"with experts needs {name}.parallel.sequence_parallel = true: set that, or set "
             f"{name}.parallel.tensor_model_parallel_size = 1"
+        )
+
+
+def check_recomputed(name: str, megatron: Mapping[str, Any], num_moe_experts: int | None) -> None:
+    """Return if what is to be computed again is in the model; num_moe_experts is None if dense.
+
+    Raises: ConfigError that names the setting and the module that would work.
+    """
+    absent, present = ("moe", "mlp") if num_moe_experts is None else ("mlp", "moe")
+    if absent in (megatron.get("recompute_modules") or ()):
+        kind = "a dense model" if num_moe_experts is None else "a model with experts"
+        raise ConfigError(
+            f"{name}.megatron.recompute_modules has {absent!r}, but {name}.path is {kind}, whose "
+            f"feed-forward is {present!r}: name that, or leave it out"
         )

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from poweropd_megatron.config.answering import check_answering, check_prompts
 from poweropd_megatron.config.choices import divisors, listed
-from poweropd_megatron.config.experts import check_experts
+from poweropd_megatron.config.experts import check_experts, check_recomputed
 from poweropd_megatron.config.objective import unused_settings
 from poweropd_megatron.config.objective_rules import (
     check_mini_batch,
@@ -14,7 +14,11 @@ from poweropd_megatron.config.objective_rules import (
     check_window,
     of_objective,
 )
-from poweropd_megatron.config.parallel import check_logits, check_parallel
+from poweropd_megatron.config.parallel import (
+    check_exchanged_heads,
+    check_logits,
+    check_parallel,
+)
 from poweropd_megatron.config.pipeline import check_pipeline
 from poweropd_megatron.config.ranges import check_ranges
 from poweropd_megatron.config.ranks import check_ranks
@@ -99,6 +103,7 @@ def check_model_layout(
     Raises: ConfigError that names the parallel size and the sizes that would work.
     """
     check_experts(name, parallel, num_moe_experts)
+    check_recomputed(name, megatron, num_moe_experts)
     qkv_rows = (num_attention_heads + 2 * num_query_groups) * kv_channels
 
     def problem(size: int) -> str | None:
@@ -119,6 +124,9 @@ def check_model_layout(
             f"{name}.parallel.tensor_model_parallel_size = {tensor} must {wrong}; "
             f"{listed(working)} would work"
         )
+    check_exchanged_heads(
+        name, parallel, megatron, heads=num_attention_heads, groups=num_query_groups
+    )
     check_pipeline(name, parallel, megatron, num_layers)
 
 

@@ -5,6 +5,7 @@ import difflib
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from enum import EnumType
 from types import NoneType, UnionType
 from typing import Any, Literal, Self, Union, get_args, get_origin, get_type_hints
 
@@ -31,7 +32,10 @@ class Setting:
 
 
 def conforms(value: Any, kind: Any) -> bool:
-    """Return whether a value has exactly a field's type; a float may be an int, and is finite."""
+    """Return whether a value has exactly a field's type.
+
+    A float may be an int, and is finite; an enumeration's member is given by its name.
+    """
     arguments = get_args(kind)
     origin = get_origin(kind)
     if origin in (Union, UnionType):
@@ -42,6 +46,8 @@ def conforms(value: Any, kind: Any) -> bool:
         return isinstance(value, list) and all(conforms(item, arguments[0]) for item in value)
     if origin is dict:
         return isinstance(value, dict)
+    if isinstance(kind, EnumType):
+        return isinstance(value, str) and value in kind.__members__
     if kind is float:
         return type(value) in (int, float) and math.isfinite(value)
     return type(value) is kind
@@ -69,6 +75,8 @@ def describe(kind: Any) -> str:
         )
     if origin is dict:
         return "a table such as {name = true}"
+    if isinstance(kind, EnumType):
+        return "one of " + ", ".join(repr(name) for name in kind.__members__)
     plain = {bool: "true or false", int: "an integer", float: "a finite number", str: "a string"}
     return {**plain, NoneType: "null (in a file: left out)"}[kind]
 

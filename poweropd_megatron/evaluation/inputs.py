@@ -44,9 +44,9 @@ def read_evaluation_inputs(config: EvaluationConfig, *, world_size: int) -> Eval
     _check_place(config)
     if config.student.megatron:
         # Megatron takes seconds to import.
-        from poweropd_megatron.models.megatron_settings import check_inference_settings
+        from poweropd_megatron.models.megatron_settings import check_generating_settings
 
-        check_inference_settings("student", config.student.megatron)
+        check_generating_settings(config.student.megatron)
     model = read_model("student", config.student)
     tokenizer = Tokenizer.from_folder(config.student.path, setting="student.path")
     check_tokens(model, tokenizer)

@@ -20,6 +20,10 @@ from poweropd_megatron.models.layers import RMSNorm, RowRotaryEmbedding, SDPACor
 from poweropd_megatron.models.megatron_settings import fields_of
 from poweropd_megatron.models.model_config import ModelConfig
 from poweropd_megatron.models.moe import moe_settings, use_shared_moe_layer
+from poweropd_megatron.models.transformer_engine import (
+    TECoreAttention,
+    why_not_transformer_engine,
+)
 from poweropd_megatron.models.weight_source import open_weights
 from poweropd_megatron.parallel.layout import Layout
 from poweropd_megatron.parallel.world import agreed
@@ -197,5 +201,10 @@ def _block_spec(config: TransformerConfig, num_layers: int) -> TransformerBlockS
     attention = layer.submodules.self_attention.submodules
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
-    attention.core_attention = SDPACoreAttention
+    dtype: DType = "bf16" if config.bf16 else "fp32"
+    attention.core_attention = (
+        SDPACoreAttention
+        if why_not_transformer_engine(config.attention_backend, dtype)
+        else TECoreAttention
+    )
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)

@@ -7,6 +7,7 @@ rounding. A field that isn't listed is refused, so that nothing is ignored.
 import dataclasses
 import difflib
 from collections.abc import Mapping, Sequence
+from enum import EnumType
 from fnmatch import fnmatchcase
 from typing import Any, Literal, get_type_hints
 
@@ -14,10 +15,13 @@ from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from poweropd_megatron.config.choices import listed
+from poweropd_megatron.config.experts import RECOMPUTED_MODULES
 from poweropd_megatron.config.pipeline import UNEVEN
 from poweropd_megatron.config.schema import ParallelConfig, TrainConfig
 from poweropd_megatron.config.settings import conforms, describe
 from poweropd_megatron.errors import ConfigError
+from poweropd_megatron.models.attention_settings import check_attention_settings
 
 RECOMPUTE = (
     "recompute_granularity",
@@ -28,8 +32,12 @@ RECOMPUTE = (
 )
 """Forget activations in the forward and compute them again in the backward."""
 
+ATTENTION = ("attention_backend", "cp_comm_type")
+"""Which kernels attend, and how ranks exchange the keys and values of a sequence."""
+
 STUDENT = (
     *UNEVEN,
+    *ATTENTION,
     *RECOMPUTE,
     "microbatch_group_size_per_vp_stage",
     "deallocate_pipeline_outputs",
@@ -38,7 +46,9 @@ STUDENT = (
     "bucket_size",
     "pad_buckets_for_high_nccl_busbw",
 )
-TEACHER = UNEVEN
+TEACHER = (*UNEVEN, *ATTENTION)
+GENERATING = UNEVEN
+"""Of a model that only generates, with a cache that no core attention but torch's reads."""
 
 _REFUSED = (
     (
@@ -73,12 +83,30 @@ _REFUSED = (
     (("grad_reduce_in_fp32",), "it is always true"),
     (("optimizer",), "it is always 'adam'"),
     (("overlap_p2p_comm", "batch_p2p_comm"), "a virtual pipeline sets it"),
+    (
+        ("cross_entropy_loss_fusion",),
+        "there is no cross entropy: objective.head says how log-probs are computed",
+    ),
+    (
+        ("gradient_accumulation_fusion",),
+        "it is always false: it needs CUDA kernels of Apex's or Transformer Engine's",
+    ),
     (("*_fusion",), "it is always false: activations are computed as transformers does"),
     (("num_buckets",), "megatron.core doesn't look at it; {model}.megatron.bucket_size is its way"),
     (("align_param_gather",), "overlap_param_gather sets it"),
     (("average_in_collective",), "the loss is a mean over all tokens, which rules it out"),
     (
-        ("tp_comm_*", "fp8*", "fp4*", "delay_wgrad_compute", "cpu_offloading*", "use_te_*"),
+        ("overlap_p2p_comm_warmup_flush",),
+        "a stage would wait for the next micro-batch's length before it computes one: here each "
+        "micro-batch has its own length",
+    ),
+    (
+        ("tp_comm_*",),
+        "it works in Transformer Engine's layers only, whose buffers have one size for all "
+        "micro-batches: here each micro-batch has its own length",
+    ),
+    (
+        ("fp8*", "fp4*", "delay_wgrad_compute", "cpu_offloading*", "use_te_*"),
         "it works in Transformer Engine's layers only, and these models have Megatron's local ones",
     ),
 )
@@ -94,8 +122,14 @@ _NEEDS = {
 
 def fields_of(cls: type, megatron: Mapping[str, Any]) -> dict[str, Any]:
     """Return those of the settings that are fields of one of Megatron's dataclasses."""
-    names = {field.name for field in dataclasses.fields(cls)}
-    return {name: value for name, value in megatron.items() if name in names}
+    types = get_type_hints(cls)
+    fields = [field.name for field in dataclasses.fields(cls) if field.name in megatron]
+    return {name: _value_of(megatron[name], types[name]) for name in fields}
+
+
+def _value_of(given: Any, kind: Any) -> Any:
+    """Return a setting as Megatron has it, a member of an enumeration by its name."""
+    return kind[given] if isinstance(kind, EnumType) else given
 
 
 def check_megatron_settings(config: TrainConfig) -> None:
@@ -105,18 +139,17 @@ def check_megatron_settings(config: TrainConfig) -> None:
     Raises: ConfigError that names the setting, and what to use instead.
     """
     _check_names("student", config.student.megatron, STUDENT)
-    check_inference_settings("teacher", config.teacher.megatron)
+    _check_names("teacher", config.teacher.megatron, TEACHER)
+    check_attention_settings(config)
     _check_effects(config)
 
 
-def check_inference_settings(
-    model: Literal["student", "teacher"], megatron: Mapping[str, Any]
-) -> None:
-    """Return if the settings given by name have an effect on a model that isn't trained.
+def check_generating_settings(megatron: Mapping[str, Any]) -> None:
+    """Return if the settings given by name have an effect on a student that only generates.
 
     Raises: ConfigError that names the setting, and what to use instead.
     """
-    _check_names(model, megatron, TEACHER)
+    _check_names("student", megatron, GENERATING)
 
 
 def _check_names(
@@ -143,7 +176,7 @@ def _reason(model: str, name: str, accepted: Sequence[str]) -> str:
         if any(fnmatchcase(name, pattern) for pattern in patterns):
             return reason.format(model=model, field=name)
     if name in STUDENT:
-        does = "only scores" if model == "teacher" else "isn't trained here"
+        does = "only scores" if model == "teacher" else "only generates here"
         return f"it is for training, and the {model} {does}"
     return f"it would have no effect, or change the model; {', '.join(accepted)} can be"
 
@@ -197,10 +230,11 @@ def _check_recompute(given: Mapping[str, Any], parallel: ParallelConfig) -> None
                 f"student.megatron.recompute_granularity = {granularity!r}: leave it out"
             )
     for module in given.get("recompute_modules") or ():
-        if module not in ("core_attn", "mlp"):
+        if module not in RECOMPUTED_MODULES:
+            known = listed(repr(known) for known in RECOMPUTED_MODULES)
             raise ConfigError(
-                f"student.megatron.recompute_modules has {module!r}; 'core_attn' and 'mlp' can be "
-                "computed again in these models"
+                f"student.megatron.recompute_modules has {module!r}; {known} can be computed again "
+                "in these models"
             )
     if given.get("distribute_saved_activations") and (
         parallel.tensor_model_parallel_size == 1 or parallel.sequence_parallel

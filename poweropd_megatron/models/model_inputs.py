@@ -1,5 +1,6 @@
 """A model folder as a command reads it before it builds anything, and its checks."""
 
+import os
 from typing import Literal
 
 from poweropd_megatron.config import rules
@@ -11,13 +12,34 @@ from poweropd_megatron.models.model_config import ModelConfig
 from poweropd_megatron.models.weight_source import open_weights
 from poweropd_megatron.ops.backends import reference_is_asked_for
 
+_SWITCHES = {
+    "flash": "NVTE_FLASH_ATTN",
+    "fused": "NVTE_FUSED_ATTN",
+    "unfused": "NVTE_UNFUSED_ATTN",
+}
+"""The variables by which Megatron tells Transformer Engine which attention kernels it may use."""
 
-def check_kernels() -> None:
-    """Return if the environment's choice of kernels exists. Raises: ConfigError."""
+
+def check_kernels(attention_backend: str = "auto") -> None:
+    """Return if the environment's choice of kernels exists, and goes with Megatron's own setting.
+
+    Megatron sets Transformer Engine's variables by attention_backend, and ends with an assertion
+    where they are set otherwise. Raises: ConfigError.
+    """
     try:
         reference_is_asked_for()
     except ValueError as error:
         raise ConfigError(str(error)) from None
+    for kernel, variable in _SWITCHES.items():
+        expected = str(int(attention_backend in ("auto", kernel)))
+        found = os.environ.get(variable, expected)
+        if found != expected:
+            raise ConfigError(
+                f"{variable} = {found} in the environment, but attention_backend = "
+                f"{attention_backend!r} makes it {expected}: unset it; for training, "
+                "student.megatron.attention_backend and teacher.megatron.attention_backend choose "
+                "the kernels"
+            )
 
 
 def read_model(

@@ -47,13 +47,13 @@ def read_inputs(config: TrainConfig, *, world_size: int) -> RunInputs:
     """
     rules.check(config, world_size)
     check_trackers(config.telemetry)
-    check_kernels()
     check_place(config)
     if config.student.megatron or config.teacher.megatron:
         # Megatron takes seconds to import.
         from poweropd_megatron.models.megatron_settings import check_megatron_settings
 
         check_megatron_settings(config)
+    check_kernels(config.student.megatron.get("attention_backend", "auto"))
     student = read_model("student", config.student)
     teacher = read_model("teacher", config.teacher)
     check_other_files(Path(config.student.path), setting="student.path")

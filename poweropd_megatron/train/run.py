@@ -68,6 +68,7 @@ def _how_to_go_on(config: TrainConfig) -> str:
 
 def _train(config: TrainConfig, inputs: RunInputs, device: torch.device) -> None:
     from poweropd_megatron.checkpoint.export import export
+    from poweropd_megatron.models.attention_settings import describe_attention
     from poweropd_megatron.ops.backends import describe
     from poweropd_megatron.train import loop
     from poweropd_megatron.train.build import build_run
@@ -77,6 +78,7 @@ def _train(config: TrainConfig, inputs: RunInputs, device: torch.device) -> None
         run.recorder.introduce(inputs)
         are_expected, kernels = describe(device)
         (run.recorder.info if are_expected else run.recorder.warning)(kernels)
+        run.recorder.info(describe_attention(config))
         last_step = run.state.load_latest()
         if run.recorder.is_first_rank:
             replace_text(Path(config.output_dir) / CONFIG_NAME, to_toml(config))

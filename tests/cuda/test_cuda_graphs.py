@@ -1,21 +1,15 @@
 """Decoding that replays a CUDA graph draws what decoding without one draws."""
 
-import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-from megatron.core import parallel_state
 
-from poweropd_megatron.config.schema import ParallelConfig
 from poweropd_megatron.data.tokenizer import Tokenizer
 from poweropd_megatron.models import kv_cache
 from poweropd_megatron.models.build import build_model
 from poweropd_megatron.models.families import read_model_config
-from poweropd_megatron.parallel import world
-from poweropd_megatron.parallel.layout import Layout, student_layout
+from poweropd_megatron.parallel.layout import Layout
 from poweropd_megatron.rollout.megatron_engine import MegatronRolloutEngine
 from poweropd_megatron.rollout.sampling import Sampling
 from poweropd_megatron.rollout.trajectories import Trajectories
@@ -23,19 +17,6 @@ from poweropd_megatron.rollout.trajectories import Trajectories
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 STUDENT = Path(__file__).parents[2] / "examples" / "chain_sum" / "student"
 TEXTS = ("1+2+3=", "9+9+9+9+9+9=", "5+0+7+2=", "8+1+6=", "3+3+3+3+3=", "0+0+1=", "7+8+9+1=")
-RANK = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
-
-
-@pytest.fixture(scope="module")
-def layout() -> Iterator[Layout]:
-    """Yield the layout of a job of one GPU."""
-    with pytest.MonkeyPatch.context() as environment:
-        for name, value in RANK.items():
-            environment.setenv(name, os.environ.get(name, value))
-        device = world.start(timeout_minutes=2)
-    yield student_layout(ParallelConfig(), device, seed=1)
-    parallel_state.destroy_model_parallel()
-    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize(

@@ -64,6 +64,16 @@ CASES = [
     ),
     (row("EP2-recompute-full", 2, parallel(expert=2), **RECOMPUTED), BOTH),
     (
+        row(
+            "TP2+SPxEP2-recompute-moe",
+            2,
+            parallel(2, expert=2, sequence=True),
+            recompute_granularity="selective",
+            recompute_modules=["moe"],
+        ),
+        BOTH,
+    ),
+    (
         row("student-TP2-teacher-EP2", 2, parallel(2), parallel(expert=2)),
         ("tied", "experts"),
     ),

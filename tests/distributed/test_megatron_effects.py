@@ -63,6 +63,29 @@ def test_recomputation_runs_the_attention_again(
     assert ranks.run(count_attentions, layout, *folder, world_size=1) == [times]
 
 
+def count_experts(layout: Row, student: str, teacher: str) -> int:
+    """Return how many times an update calls a layer's experts, for each layer and micro-batch."""
+    models = build_models(layout, student, teacher, "fp32", OPTIMIZER)
+    teacher_logp_BT = models.teacher.score(models.trajectories, models.labels)
+    calls = []
+    layers = models.student.chunks[0].decoder.layers
+    for layer in layers:
+        layer.mlp.experts.register_forward_pre_hook(lambda *_: calls.append(1))
+    models.update(teacher_logp_BT)
+    return len(calls) // (len(layers) * 3)
+
+
+@pytest.mark.parametrize(("modules", "times"), [(["core_attn"], 1), (["moe"], 2)])
+def test_recomputation_runs_the_experts_again(
+    modules: list[str], times: int, folders: dict[str, str], ranks: RankPool
+) -> None:
+    layout = row(
+        "recompute", 1, parallel(), recompute_granularity="selective", recompute_modules=modules
+    )
+    folder = folders["student-experts"], folders["teacher-experts"]
+    assert ranks.run(count_experts, layout, *folder, world_size=1) == [times]
+
+
 def find_what_is_on_its_way(layout: Row, student: str, teacher: str) -> tuple[int, int, int]:
     """Return how many buckets there are; how many of their gradients are on their way when the
     backward of the second update ends; and how many of their weights when that update ends.

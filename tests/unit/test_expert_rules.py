@@ -40,6 +40,25 @@ def test_experts_that_cannot_be_shared_are_refused_with_what_would_work(shape, s
     assert words in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("num_experts", "module", "other", "kind"),
+    [(None, "moe", "mlp", "a dense model"), (6, "mlp", "moe", "a model with experts")],
+)
+def test_a_feed_forward_that_the_model_does_not_have_is_not_computed_again(
+    num_experts, module, other, kind
+):
+    shape = {**EXPERTS, "num_moe_experts": num_experts, "ffn_hidden_size": 8}
+    for modules in (["core_attn", other], None):
+        megatron = {"recompute_modules": modules}
+        check_model_layout("student", ParallelConfig(), megatron, **shape)
+    with pytest.raises(ConfigError) as caught:
+        check_model_layout("student", ParallelConfig(), {"recompute_modules": [module]}, **shape)
+    assert str(caught.value) == (
+        f"student.megatron.recompute_modules has '{module}', but student.path is {kind}, whose "
+        f"feed-forward is '{other}': name that, or leave it out"
+    )
+
+
 @pytest.mark.parametrize("sizes", [(1, 1, False), (1, 3, False), (2, 6, True), (2, 1, True)])
 def test_experts_need_no_feed_forward_size_that_tensor_parallelism_divides(sizes):
     tensor, expert, sequence = sizes

@@ -17,6 +17,7 @@ from poweropd_megatron.models.families import read_model_config
 from poweropd_megatron.models.megatron_settings import (
     STUDENT,
     TEACHER,
+    check_generating_settings,
     check_megatron_settings,
     fields_of,
 )
@@ -69,10 +70,13 @@ def test_what_is_accepted_is_in_megatrons_dataclasses() -> None:
         ("grad_reduce_in_fp32", "it is always true"),
         ("optimizer", "it is always 'adam'"),
         ("num_buckets", "student.megatron.bucket_size is its way"),
-        ("bias_activation_fusion", "it is always false"),
+        ("bias_activation_fusion", "it is always false: activations are computed as"),
+        ("gradient_accumulation_fusion", "it is always false: it needs CUDA kernels"),
+        ("cross_entropy_loss_fusion", "objective.head says how log-probs are computed"),
         ("batch_p2p_comm", "a virtual pipeline sets it"),
+        ("overlap_p2p_comm_warmup_flush", "each micro-batch has its own length"),
         ("align_param_gather", "overlap_param_gather sets it"),
-        ("tp_comm_overlap", "Transformer Engine's layers only"),
+        ("tp_comm_overlap", "each micro-batch has its own length"),
         ("fp8_recipe", "Transformer Engine's layers only"),
         ("finalize_model_grads_func", "it would have no effect, or change the model"),
         ("window_size", "it would have no effect, or change the model"),
@@ -144,8 +148,8 @@ def test_a_value_of_another_type_is_refused(name: str, value: Any, expected: str
             "recompute_method has no effect with student.megatron.recompute_granularity = 'sel",
         ),
         (
-            {"recompute_granularity": "selective", "recompute_modules": ["moe"]},
-            "recompute_modules has 'moe'; 'core_attn' and 'mlp' can be",
+            {"recompute_granularity": "selective", "recompute_modules": ["moe_act"]},
+            "recompute_modules has 'moe_act'; 'core_attn', 'mlp' or 'moe' can be",
         ),
         (
             FULL | {"distribute_saved_activations": True},
@@ -181,7 +185,7 @@ def test_groups_of_micro_batches_must_fill_the_stages() -> None:
     )
 
 
-def test_the_teacher_takes_only_what_deals_out_its_layers() -> None:
+def test_the_teacher_takes_what_deals_out_its_layers_and_how_it_attends() -> None:
     check_megatron_settings(config_with(teacher=True, num_layers_in_first_pipeline_stage=1))
     message = message_of(config_with(teacher=True, **FULL))
     assert message == (
@@ -189,6 +193,20 @@ def test_the_teacher_takes_only_what_deals_out_its_layers() -> None:
         "teacher only scores"
     )
     assert "teacher.dtype sets it" in message_of(config_with(teacher=True, bf16=True))
+    assert "teacher.megatron.cp_comm_type = 'p2p' has no effect" in message_of(
+        config_with(teacher=True, cp_comm_type="p2p")
+    )
+
+
+def test_a_model_that_only_generates_takes_only_what_deals_out_its_layers() -> None:
+    check_generating_settings({"num_layers_in_first_pipeline_stage": 1})
+    for name, value in {"attention_backend": "local", "cp_comm_type": "p2p", **FULL}.items():
+        with pytest.raises(ConfigError) as caught:
+            check_generating_settings({name: value})
+        assert str(caught.value) == (
+            f"student.megatron.{name} can't be given: it is for training, and the student only "
+            "generates here"
+        )
 
 
 def test_a_field_of_two_dataclasses_gets_into_both(student_folder: Path) -> None:

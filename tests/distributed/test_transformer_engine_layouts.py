@@ -1,0 +1,79 @@
+"""With Transformer Engine's attention every layout trains as it does with torch's.
+
+Transformer Engine needs CUDA; a stand-in in plain torch takes what its documentation says.
+"""
+
+import pytest
+from comparison import error, largest_error
+from layout_rows import ONE_PROCESS, parallel, row
+from plain_training import update_in_plain_torch
+from support import transformer_engine
+from support.rank_pool import RankPool
+from support.transformer_engine import TEDotProductAttention
+from training import OPTIMIZER, Measured, Row, build_models, update_on_ranks
+
+TOLERANCE = 1e-5
+ROWS = [
+    ONE_PROCESS,
+    row("TP4", 4, parallel(4)),
+    row("TP2+SP-packed", 2, parallel(2, sequence=True), max_tokens_per_microbatch=20),
+    row("PP2xVPP2", 2, parallel(1, 2, virtual=2), parallel(1, 2)),
+    row("CP2", 2, parallel(context=2)),
+    row("CP4-packed", 4, parallel(context=4), max_tokens_per_microbatch=40),
+    row("CP2xTP2+SP", 4, parallel(2, context=2, sequence=True)),
+    row("student-DP2-teacher-CP2", 2, parallel(), parallel(context=2)),
+    row(
+        "CP2-packed-recompute-attention",
+        2,
+        parallel(context=2),
+        max_tokens_per_microbatch=20,
+        recompute_granularity="selective",
+        recompute_modules=["core_attn"],
+    ),
+]
+
+
+def update_with_stand_in(layout: Row, student: str, teacher: str) -> tuple[Measured, list[str]]:
+    """Return what a rank saw of the updates, and the layout of each call of the stand-in."""
+    transformer_engine.install()
+    return update_on_ranks(layout, student, teacher), TEDotProductAttention.calls
+
+
+@pytest.fixture(scope="module")
+def reference(folders: dict[str, str]) -> Measured:
+    return update_in_plain_torch(folders["student-untied"], folders["teacher-untied"])
+
+
+@pytest.mark.parametrize("layout", ROWS, ids=lambda layout: layout.name)
+def test_layout_trains_like_plain_torch_with_transformer_engine(
+    layout: Row, folders: dict[str, str], reference: Measured, ranks: RankPool
+) -> None:
+    folder = folders["student-untied"], folders["teacher-untied"]
+    is_packed = layout.max_tokens_per_microbatch is not None
+    for measured, calls in ranks.run(
+        update_with_stand_in, layout, *folder, world_size=layout.world_size
+    ):
+        for quantity in ("teacher_logp_BT", "logp_UBT", "entropy_UBT", "loss_U", "grad_norm_U"):
+            assert error(getattr(measured, quantity), getattr(reference, quantity)) <= TOLERANCE
+        assert set(calls) == {"thd" if is_packed else "sbhd"}
+    for quantity in ("gradients", "weights"):
+        worst, name = largest_error(getattr(measured, quantity), getattr(reference, quantity))
+        assert worst <= TOLERANCE, name
+
+
+def exchanges_of(layout: Row, student: str, teacher: str) -> set[str | None]:
+    """Return the cp_comm_type of every layer of the student's."""
+    transformer_engine.install()
+    models = build_models(layout, student, teacher, "fp32", OPTIMIZER)
+    layers = [layer for chunk in models.student.chunks for layer in chunk.decoder.layers]
+    return {layer.self_attention.core_attention.engine.cp_comm_type for layer in layers}
+
+
+@pytest.mark.parametrize("exchange", [None, "a2a"])
+def test_each_layer_is_told_how_to_exchange_slices(
+    exchange: str | None, folders: dict[str, str], ranks: RankPool
+) -> None:
+    given = {} if exchange is None else {"cp_comm_type": exchange}
+    layout = row("CP2", 2, parallel(context=2), **given)
+    folder = folders["student-untied"], folders["teacher-untied"]
+    assert ranks.run(exchanges_of, layout, *folder, world_size=2) == [{exchange}] * 2
