@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from poweropd_megatron.errors import ConfigError
+
 _CPU = torch.device("cpu")
 _PARTS = (
     "megatron.core.dist_checkpointing.strategies.torch",
@@ -34,11 +36,19 @@ def install() -> bool:
 
     Where CUDA is available nothing is changed. Call it before a model is built; again is harmless,
     and reaches modules of Megatron's that were imported since.
+
+    Raises: ConfigError if Megatron has found packages whose kernels need CUDA.
     """
     if torch.cuda.is_available():
         return False
     for part in _PARTS:
         importlib.import_module(part)
+    if not sys.modules["megatron.core.optimizer"].USING_PYTORCH_OPTIMIZER:
+        raise ConfigError(
+            "Transformer Engine or Apex is installed, and Megatron computes by kernels of theirs, "
+            "which need a GPU, but torch finds none: use a machine with one, or an environment "
+            "without these packages, such as bash launch/setup_env.sh makes"
+        )
     _patch_tensor_methods()
     for name, module in list(sys.modules.items()):
         if name.startswith("megatron.core") and getattr(module, "torch", None) is torch:

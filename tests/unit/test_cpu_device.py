@@ -10,7 +10,9 @@ import sys
 from typing import Any
 
 import pytest
+import torch
 
+from poweropd_megatron.errors import ConfigError
 from poweropd_megatron.parallel import cpu_device
 
 SNAPSHOT = """
@@ -240,3 +242,16 @@ def test_megatron_gets_cpu_tensors_where_it_asks_for_cuda(without_cuda: dict[str
 def test_megatrons_random_states_do_not_seed_the_users(without_cuda: dict[str, Any]) -> None:
     assert without_cuda["seed kept"]
     assert without_cuda["megatron's random state"] == [True, True]
+
+
+def test_packages_that_need_cuda_are_refused_where_there_is_none(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Megatron, which takes them wherever they can be imported, would end in a driver's error."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    cpu_device.install()
+    monkeypatch.setattr("megatron.core.optimizer.USING_PYTORCH_OPTIMIZER", False)
+    with pytest.raises(ConfigError, match="Transformer Engine or Apex is installed"):
+        cpu_device.install()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert cpu_device.install() is False
