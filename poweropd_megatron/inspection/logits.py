@@ -27,6 +27,7 @@ from poweropd_megatron.models.build import build_chunks, layer_numbers
 from poweropd_megatron.models.families import weights_of
 from poweropd_megatron.models.families.weight import Weight
 from poweropd_megatron.models.model_config import ModelConfig
+from poweropd_megatron.models.model_inputs import check_kernels
 from poweropd_megatron.parallel import world
 from poweropd_megatron.parallel.layout import Layout, student_layout
 from poweropd_megatron.parallel.pipeline import forward_stage
@@ -86,8 +87,10 @@ def of_megatron(
 ) -> list[Tensor]:
     """Return the logits of a model on Megatron-Core, in this process alone, for each row of ids.
 
-    Raises: InputError if a tensor can't be read.
+    Raises: InputError if a tensor can't be read, ConfigError if the environment asks for kernels
+    that can't be had.
     """
+    check_kernels()
     world.hush_libraries()
     device = world.start(timeout_minutes=10)
     try:

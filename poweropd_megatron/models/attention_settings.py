@@ -1,5 +1,7 @@
 """Whether the attention that a run asks for can be had, before a model is built."""
 
+from importlib.util import find_spec
+
 from megatron.core.transformer.enums import AttnBackend
 from megatron.core.utils import get_te_version
 
@@ -8,6 +10,8 @@ from poweropd_megatron.config.schema import StudentConfig, TeacherConfig, TrainC
 from poweropd_megatron.errors import ConfigError
 from poweropd_megatron.models.transformer_engine import why_not_transformer_engine
 
+_FLASH_PACKAGES = ("flash_attn", "flash_attn_3", "flash_attn_interface")
+"""The modules of flash-attn's generations, of which Transformer Engine takes the newest."""
 _EXCHANGES = ("p2p", "a2a")
 """Values of cp_comm_type; torch's attention gathers, and Megatron's "a2a+p2p" needs groups of ranks
 that aren't made here."""
@@ -52,7 +56,7 @@ def _backend(part: StudentConfig | TeacherConfig) -> AttnBackend:
 
 
 def _check_backend(name: str, part: StudentConfig | TeacherConfig) -> None:
-    backend, context = _backend(part), part.parallel.context_parallel_size
+    backend = _backend(part)
     if backend in (AttnBackend.auto, AttnBackend.local):
         return
     setting = f"{name}.megatron.attention_backend = {backend.name!r}"
@@ -61,10 +65,15 @@ def _check_backend(name: str, part: StudentConfig | TeacherConfig) -> None:
             f"{setting} names a kernel of Transformer Engine's, but {reason}: leave it out, for "
             "torch's attention"
         )
-    if backend is AttnBackend.unfused and context > 1:
+    if backend is AttnBackend.unfused:
         raise ConfigError(
-            f"{setting} knows no context parallelism, but {name}.parallel.context_parallel_size = "
-            f"{context}: choose 'fused' or 'flash', or leave it out"
+            f"{setting} keeps scores of length x length, rounded to bf16: choose 'flash', 'fused' "
+            "or 'local', or leave it out"
+        )
+    if backend is AttnBackend.flash and not any(map(find_spec, _FLASH_PACKAGES)):
+        raise ConfigError(
+            f"{setting} needs flash-attn, which is not installed: pip install flash-attn, choose "
+            "'fused' or 'local', or leave it out"
         )
 
 

@@ -19,7 +19,7 @@ from poweropd_megatron.models.families import weights_of
 from poweropd_megatron.models.layers import RMSNorm, RowRotaryEmbedding, SDPACoreAttention
 from poweropd_megatron.models.megatron_settings import fields_of
 from poweropd_megatron.models.model_config import ModelConfig
-from poweropd_megatron.models.moe import moe_settings, use_shared_moe_layer
+from poweropd_megatron.models.moe import moe_settings, route_in_fp32, use_shared_moe_layer
 from poweropd_megatron.models.transformer_engine import (
     TECoreAttention,
     why_not_transformer_engine,
@@ -196,6 +196,7 @@ def _block_spec(config: TransformerConfig, num_layers: int) -> TransformerBlockS
     )
     if config.num_moe_experts is not None:
         use_shared_moe_layer(layer)
+        route_in_fp32()
     layer.submodules.input_layernorm = RMSNorm
     layer.submodules.pre_mlp_layernorm = RMSNorm
     attention = layer.submodules.self_attention.submodules

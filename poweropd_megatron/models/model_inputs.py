@@ -18,18 +18,24 @@ _SWITCHES = {
     "unfused": "NVTE_UNFUSED_ATTN",
 }
 """The variables by which Megatron tells Transformer Engine which attention kernels it may use."""
+_LAYER_SCALING = "NVTE_APPLY_QK_LAYER_SCALING"
 
 
 def check_kernels(attention_backend: str = "auto") -> None:
-    """Return if the environment's choice of kernels exists, and goes with Megatron's own setting.
+    """Return if the environment's choice of kernels exists, and goes with Megatron's own settings.
 
-    Megatron sets Transformer Engine's variables by attention_backend, and ends with an assertion
-    where they are set otherwise. Raises: ConfigError.
+    Megatron sets some of Transformer Engine's variables, and ends with an assertion where they are
+    set otherwise. Raises: ConfigError.
     """
     try:
         reference_is_asked_for()
     except ValueError as error:
         raise ConfigError(str(error)) from None
+    if os.environ.get(_LAYER_SCALING, "0") != "0":
+        raise ConfigError(
+            f"{_LAYER_SCALING} = {os.environ[_LAYER_SCALING]} in the environment scales attention "
+            "in a way that these models don't have: unset it"
+        )
     for kernel, variable in _SWITCHES.items():
         expected = str(int(attention_backend in ("auto", kernel)))
         found = os.environ.get(variable, expected)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from torch import Tensor
 from torch.nn import functional
@@ -62,6 +63,15 @@ class SharedMoELayer(MoELayer):  # type: ignore[misc]
         gathered_NH = torch.empty_like(padded_NH)
         dist.all_gather_into_tensor(gathered_NH, output[:, 0].contiguous(), self.attn_tp_group)
         return gathered_NH[: len(tokens_NH)].view_as(hidden_states), bias
+
+
+def route_in_fp32() -> None:
+    """Let Megatron's routers multiply by torch, in this process, as they do without CUDA.
+
+    Where Transformer Engine is installed they take its GEMM, which is TF32 for fp32 operands:
+    tokens then go to other experts wherever two are nearly as likely.
+    """
+    moe_utils.te_general_gemm = None
 
 
 def use_shared_moe_layer(layer: Any) -> None:

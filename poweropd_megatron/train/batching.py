@@ -93,12 +93,13 @@ class Batching:
         """Return the rows and positions of the input that holds sequences of these lengths; under
         context parallelism its positions on all ranks.
 
-        An empty micro-batch has length_multiple positions of padding: a rank that has nothing left
-        to compute takes part in the others' collectives all the same.
+        An empty micro-batch has a few positions of padding: a rank that has nothing left to compute
+        takes part in the others' collectives all the same. They are at least two, as of any
+        sequence, for attention kernels take a single one as a step of decoding, or not at all.
         """
         packed = sum(self.padded_length(length) for length in lengths)
         needed = packed if self.is_packed else max(lengths, default=0)
-        width = -(-max(needed, 1) // self.length_multiple) * self.length_multiple
+        width = -(-max(needed, 2) // self.length_multiple) * self.length_multiple
         return (1 if self.is_packed else max(len(lengths), 1)), width
 
     def padding_fraction(self, batches: Sequence[Sequence[int]]) -> float:

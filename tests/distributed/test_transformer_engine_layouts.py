@@ -3,19 +3,30 @@
 Transformer Engine needs CUDA; a stand-in in plain torch takes what its documentation says.
 """
 
+from types import SimpleNamespace
+
 import pytest
+import torch
+import torch.distributed as dist
 from comparison import error, largest_error
 from layout_rows import ONE_PROCESS, parallel, row
+from megatron.core.transformer.enums import AttnMaskType
 from plain_training import update_in_plain_torch
 from support import transformer_engine
+from support.attention_checks import config, random_inputs
 from support.rank_pool import RankPool
 from support.transformer_engine import TEDotProductAttention
 from training import OPTIMIZER, Measured, Row, build_models, update_on_ranks
+
+from poweropd_megatron.models.layers import SDPACoreAttention
+from poweropd_megatron.models.transformer_engine import TECoreAttention
+from poweropd_megatron.parallel import cpu_device
 
 TOLERANCE = 1e-5
 ROWS = [
     ONE_PROCESS,
     row("TP4", 4, parallel(4)),
+    row("TP2xDP2-with-an-empty-micro-batch", 4, parallel(2)),
     row("TP2+SP-packed", 2, parallel(2, sequence=True), max_tokens_per_microbatch=20),
     row("PP2xVPP2", 2, parallel(1, 2, virtual=2), parallel(1, 2)),
     row("CP2", 2, parallel(context=2)),
@@ -59,6 +70,31 @@ def test_layout_trains_like_plain_torch_with_transformer_engine(
     for quantity in ("gradients", "weights"):
         worst, name = largest_error(getattr(measured, quantity), getattr(reference, quantity))
         assert worst <= TOLERANCE, name
+
+
+def attend_to_whole_rows() -> tuple[bool, list[str]]:
+    """Return whether a rank of two attends to rows of its own, whole, as torch's attention does."""
+    transformer_engine.install()
+    cpu_device.install()
+    model = config((4, 2))
+    model.context_parallel_size = 2
+    alone = [dist.new_group([rank]) for rank in range(2)][dist.get_rank()]
+    attention = TECoreAttention(
+        model,
+        layer_number=1,
+        attn_mask_type=AttnMaskType.causal,
+        attention_type="self",
+        cp_comm_type=None,
+        pg_collection=SimpleNamespace(cp=dist.group.WORLD, tp=alone),
+    )
+    attention.is_sliced = False
+    rows = random_inputs((6, 2 + dist.get_rank()), (4, 2), torch.float32)
+    same = torch.equal(attention(*rows), SDPACoreAttention(config((4, 2)))(*rows))
+    return same, TEDotProductAttention.calls
+
+
+def test_whole_sequences_of_a_rank_are_not_taken_for_slices(ranks: RankPool) -> None:
+    assert ranks.run(attend_to_whole_rows, world_size=2) == [(True, [])] * 2
 
 
 def exchanges_of(layout: Row, student: str, teacher: str) -> set[str | None]:

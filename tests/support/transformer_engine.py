@@ -43,9 +43,10 @@ class TEDotProductAttention(torch.nn.Module):
         super().__init__()
         assert attn_mask_type is AttnMaskType.causal
         assert attention_type == "self"
-        assert softmax_scale is attention_dropout is k_channels is v_channels is num_splits is None
+        assert attention_dropout is k_channels is v_channels is num_splits is None
         assert pg_collection is not None
         self.config, self.layer_number, self.cp_comm_type = config, layer_number, cp_comm_type
+        self.softmax_scale = config.kv_channels**-0.5 if softmax_scale is None else softmax_scale
         self._cp_group = pg_collection.cp
         self._groups_on_rank = config.num_query_groups // dist.get_world_size(pg_collection.tp)
         assert dist.get_world_size(self._cp_group) == config.context_parallel_size
@@ -71,6 +72,7 @@ class TEDotProductAttention(torch.nn.Module):
         assert attention_mask is attention_bias is num_splits is None
         assert attn_mask_type is AttnMaskType.causal
         assert key.shape[-2] == value.shape[-2] == self._groups_on_rank
+        assert query.shape[0] > 1, "cuDNN has no kernel for one position"
         type(self).calls.append("sbhd" if packed_seq_params is None else "thd")
         if packed_seq_params is not None:
             return self._attend(query, key, value, self._lengths(packed_seq_params, query))
@@ -104,7 +106,7 @@ class TEDotProductAttention(torch.nn.Module):
         queries, keys = places[rank], torch.cat(places)
         groups = query.shape[1] // key.shape[1]
         key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
-        scores = torch.einsum("shd,thd->hst", query, key) / query.shape[-1] ** 0.5
+        scores = torch.einsum("shd,thd->hst", query, key) * self.softmax_scale
         is_seen = (queries[:, None, 0] == keys[None, :, 0]) & (
             queries[:, None, 1] >= keys[None, :, 1]
         )

@@ -13,6 +13,7 @@ from support.run_settings import small_run
 from poweropd_megatron.config.parallel import check_exchanged_heads
 from poweropd_megatron.config.schema import ParallelConfig, TrainConfig
 from poweropd_megatron.errors import ConfigError
+from poweropd_megatron.models import attention_settings
 from poweropd_megatron.models.megatron_settings import check_megatron_settings, fields_of
 from poweropd_megatron.models.model_inputs import check_kernels
 
@@ -45,8 +46,9 @@ def both(backend: str) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 @pytest.mark.usefixtures("installed")
-@pytest.mark.parametrize("backend", ["auto", "flash", "fused", "unfused", "local"])
-def test_every_backend_of_megatrons_can_be_named(backend: str) -> None:
+@pytest.mark.parametrize("backend", ["auto", "flash", "fused", "local"])
+def test_a_backend_of_megatrons_can_be_named(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention_settings, "find_spec", lambda name: name == "flash_attn_3")
     check_megatron_settings(config_with(*both(backend)))
     given = fields_of(TransformerConfig, {"attention_backend": backend})
     assert given == {"attention_backend": AttnBackend[backend]}
@@ -86,11 +88,16 @@ def test_a_kernel_of_transformer_engines_is_for_bf16() -> None:
 
 
 @pytest.mark.usefixtures("installed")
-def test_unfused_attention_knows_no_context_parallelism() -> None:
-    check_megatron_settings(config_with(*both("fused"), context=2))
-    message = message_of(config_with(*both("unfused"), context=2))
-    assert "student.parallel.context_parallel_size = 2" in message
-    assert "'fused' or 'flash'" in message
+def test_unfused_attention_is_refused_for_its_scores() -> None:
+    message = message_of(config_with(*both("unfused")))
+    assert "'unfused' keeps scores of length x length, rounded to bf16: choose 'flash'" in message
+
+
+@pytest.mark.usefixtures("installed")
+def test_flash_attention_needs_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention_settings, "find_spec", lambda name: None)  # noqa: ARG005
+    message = message_of(config_with(*both("flash")))
+    assert "student.megatron.attention_backend = 'flash' needs flash-attn" in message
 
 
 @pytest.mark.usefixtures("installed")
@@ -172,3 +179,11 @@ def test_switches_of_the_environment_must_be_those_that_megatron_sets(
     assert words in str(caught.value)
     monkeypatch.setenv(variable, str(1 - int(value)))
     check_kernels(backend)
+
+
+def test_a_scaling_of_transformer_engines_that_models_do_not_have_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("NVTE_APPLY_QK_LAYER_SCALING", "1")
+    with pytest.raises(ConfigError, match=r"NVTE_APPLY_QK_LAYER_SCALING = 1 .*: unset it"):
+        check_kernels()

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from megatron.core.transformer.moe import moe_utils
 from support import qwen3_folder
 from support.plain_qwen3 import PlainQwen3
 
@@ -96,3 +97,18 @@ def test_the_router_of_a_bf16_model_decides_in_fp32(folder: Path, layout: Layout
     expected = hidden_SBH.double() @ router.weight.double().t()
     assert logits.dtype == torch.float32
     torch.testing.assert_close(logits.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_routers_do_not_multiply_by_transformer_engine(
+    folder: Path, layout: Layout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whose GEMM is TF32 for fp32, and which Megatron takes wherever it is installed."""
+
+    def gemm_in_tf32(*_args: object, **_kwargs: object) -> None:
+        raise AssertionError("the router multiplied by Transformer Engine")
+
+    monkeypatch.setattr(moe_utils, "te_general_gemm", gemm_in_tf32)
+    model = read_model_config(folder, setting="student.path")
+    [chunk] = build_model(model, layout, folder=str(folder), dtype="fp32", setting="student.path")
+    ids = torch.arange(6)[None]
+    chunk(ids, torch.arange(6)[None], None).sum().backward()

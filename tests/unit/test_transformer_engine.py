@@ -25,8 +25,10 @@ from support.attention_checks import (
 from support.run_settings import small_run
 from support.transformer_engine import TEDotProductAttention
 
+from poweropd_megatron.config.schema import DType, ParallelConfig
+from poweropd_megatron.models import attention_settings, build
 from poweropd_megatron.models.attention_settings import describe_attention
-from poweropd_megatron.models.build import build_chunks
+from poweropd_megatron.models.build import _block_spec, build_chunks, transformer_config
 from poweropd_megatron.models.families import read_model_config
 from poweropd_megatron.models.kv_cache import KVCache
 from poweropd_megatron.models.layers import SDPACoreAttention
@@ -53,14 +55,16 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
 
 
-def attention_of(heads: tuple[int, int], layout: Layout) -> TECoreAttention:
+def attention_of(
+    heads: tuple[int, int], layout: Layout, softmax_scale: float | None = None
+) -> TECoreAttention:
     return TECoreAttention(
         config(heads),
         layer_number=1,
         attn_mask_type=AttnMaskType.causal,
         attention_type="self",
         cp_comm_type=None,
-        softmax_scale=None,
+        softmax_scale=softmax_scale,
         pg_collection=layout.groups,
     )
 
@@ -101,6 +105,14 @@ def test_packs_are_attended_to_by_transformer_engine(
     assert packed.cu_seqlens_q_padded is None, "what Megatron's rotary code reads was changed"
 
 
+@pytest.mark.usefixtures("engine")
+def test_the_scale_of_scores_is_handed_over(layout: Layout) -> None:
+    inputs = random_inputs((9, 2), (4, 2), torch.float32)
+    found = values_and_gradients(attention_of((4, 2), layout, softmax_scale=0.3), inputs)
+    torchs = SDPACoreAttention(config((4, 2)), softmax_scale=0.3)
+    assert max(errors(found, values_and_gradients(torchs, inputs))) <= 1e-6
+
+
 def test_a_rollout_is_attended_to_by_torch(layout: Layout, engine: list[str]) -> None:
     attention = attention_of((4, 2), layout)
     prompts, token = (random_inputs((length, 2), (4, 2), torch.float32) for length in (5, 1))
@@ -128,9 +140,7 @@ def test_checkpoints_hold_nothing_of_transformer_engines(
         return set(chunk.sharded_state_dict())
 
     with_torchs = stored()
-    monkeypatch.setattr(
-        "poweropd_megatron.models.build.why_not_transformer_engine", lambda *_: None
-    )
+    monkeypatch.setattr(build, "why_not_transformer_engine", lambda *_: None)
     [chunk] = build_chunks(model, layout, dtype="fp32")
     attention = chunk.decoder.layers[0].self_attention.core_attention
     assert isinstance(attention, TECoreAttention)
@@ -155,6 +165,30 @@ def test_with_transformer_engine_and_a_gpu_a_bf16_model_has_its_attention() -> N
     assert "'local'" in str(why_not_transformer_engine(AttnBackend.local, "bf16"))
 
 
+@pytest.mark.parametrize(
+    ("backend", "dtype", "attention"),
+    [
+        (AUTO, "bf16", TECoreAttention),
+        (AttnBackend.local, "bf16", SDPACoreAttention),
+        (AUTO, "fp32", SDPACoreAttention),
+    ],
+)
+def test_a_layer_is_built_with_what_its_type_and_backend_ask_for(
+    backend: AttnBackend,
+    dtype: DType,
+    attention: type,
+    student_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = read_model_config(student_folder, setting="student.path")
+    given = {"attention_backend": backend.name}
+    of_megatron = transformer_config(model, ParallelConfig(), dtype, given)
+    monkeypatch.setattr(megatron_te, "HAVE_TE", True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    [layer, *_] = _block_spec(of_megatron, 4).layer_specs
+    assert layer.submodules.self_attention.submodules.core_attention is attention
+
+
 def test_transformer_engine_needs_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(megatron_te, "HAVE_TE", True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -168,9 +202,7 @@ def test_the_log_says_whose_attention_it_is(monkeypatch: pytest.MonkeyPatch) -> 
     )
     monkeypatch.setattr(megatron_te, "HAVE_TE", True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(
-        "poweropd_megatron.models.attention_settings.get_te_version", lambda: "2.20"
-    )
+    monkeypatch.setattr(attention_settings, "get_te_version", lambda: "2.20")
     run.teacher.dtype = "bf16"
     assert describe_attention(run) == (
         "attention: the student has torch's, for Transformer Engine has its fast kernels for bf16, "
