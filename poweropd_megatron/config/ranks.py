@@ -109,6 +109,7 @@ def _check_batch(config: TrainConfig, num_ranks: int) -> None:
     batch, micro = getattr(config, name), config.micro_batch_size
     data_parallel = num_ranks // config.student.parallel.model_parallel_size
     own = config.teacher.num_ranks
+    _check_group_size(config, batch, data_parallel)
     ranks = f"{num_ranks} ranks" + (f" beside teacher.num_ranks = {own}" if own else "")
     ranks += f" / {config.student.parallel.model_parallel_size} model-parallel"
     if config.max_tokens_per_microbatch is not None:
@@ -127,6 +128,22 @@ def _check_batch(config: TrainConfig, num_ranks: int) -> None:
             f"{name} = {batch} must be a multiple of micro_batch_size = {micro} times "
             f"the student's data-parallel size = {data_parallel} ({ranks})"
             + (f": set {', or '.join(fixes)}" if fixes else "")
+        )
+
+
+def _check_group_size(config: TrainConfig, batch: int, data_parallel: int) -> None:
+    """Refuse groups that a step doesn't fill: the rest would be micro-batches of padding."""
+    size = config.student.megatron.get("microbatch_group_size_per_vp_stage")
+    most = batch // data_parallel
+    per = "of a sequence each"
+    if config.max_tokens_per_microbatch is None:
+        most //= config.micro_batch_size
+        per = f"with micro_batch_size = {config.micro_batch_size}"
+    if isinstance(size, int) and size > max(most, 1):
+        raise ConfigError(
+            f"student.megatron.microbatch_group_size_per_vp_stage = {size} is more than the {most} "
+            f"micro-batches of a rank's step ({batch} responses over a data-parallel size of "
+            f"{data_parallel}, {per}): set it to at most {most}, or leave it out"
         )
 
 

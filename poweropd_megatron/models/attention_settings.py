@@ -1,5 +1,6 @@
 """Whether the attention that a run asks for can be had, before a model is built."""
 
+from collections.abc import Sequence
 from importlib.util import find_spec
 
 from megatron.core.transformer.enums import AttnBackend
@@ -22,16 +23,17 @@ def check_attention_settings(config: TrainConfig) -> None:
 
     Raises: ConfigError that names the setting, and what to use instead.
     """
-    student, teacher = _backend(config.student), _backend(config.teacher)
-    if student is not teacher:
+    models: list[StudentConfig | TeacherConfig] = [config.student, config.teacher]
+    for name, part in zip(("student", "teacher"), models, strict=True):
+        _check_backend(name, part, models)
+        _check_exchange(name, part)
+    student, teacher = map(_backend, models)
+    if student is not teacher and config.teacher.num_ranks is None:
         raise ConfigError(
             f"student.megatron.attention_backend = {student.name!r} and "
             f"teacher.megatron.attention_backend = {teacher.name!r}: Megatron sets it for a whole "
             "process, so give both models the same"
         )
-    for name, part in (("student", config.student), ("teacher", config.teacher)):
-        _check_backend(name, part)
-        _check_exchange(name, part)
 
 
 def describe_attention(config: TrainConfig) -> str:
@@ -55,12 +57,18 @@ def _backend(part: StudentConfig | TeacherConfig) -> AttnBackend:
     return AttnBackend[given]
 
 
-def _check_backend(name: str, part: StudentConfig | TeacherConfig) -> None:
+def _check_backend(
+    name: str,
+    part: StudentConfig | TeacherConfig,
+    models: Sequence[StudentConfig | TeacherConfig],
+) -> None:
+    """Refuse a kernel that neither model can have; one that can't shares the setting only."""
     backend = _backend(part)
     if backend in (AttnBackend.auto, AttnBackend.local):
         return
     setting = f"{name}.megatron.attention_backend = {backend.name!r}"
-    if reason := why_not_transformer_engine(backend, part.dtype):
+    reason = why_not_transformer_engine(backend, part.dtype)
+    if reason and all(why_not_transformer_engine(backend, model.dtype) for model in models):
         raise ConfigError(
             f"{setting} names a kernel of Transformer Engine's, but {reason}: leave it out, for "
             "torch's attention"

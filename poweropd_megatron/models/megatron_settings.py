@@ -78,6 +78,20 @@ _REFUSED = (
     ),
     (("moe_*", "num_moe_experts"), "config.json in {model}.path says it, or it is fixed"),
     (("*_dropout",), "it is 0, so that training sees the model that generated"),
+    (
+        (
+            *("optimizer_cpu_offload", "optimizer_offload_fraction", "overlap_cpu_optimizer_*"),
+            *("pin_cpu_*", "use_torch_optimizer_for_cpu_offload"),
+        ),
+        "checkpoints of an optimizer on the CPU beside the GPU's were not tried",
+    ),
+    (
+        (
+            *("use_precision_aware_optimizer", "main_*_dtype", "exp_avg_*dtype"),
+            "store_param_remainders",
+        ),
+        "main weights, their gradients and Adam's moments are always fp32",
+    ),
     (("calculate_per_token_loss",), "it is always true: the loss is a mean over all tokens"),
     (("variable_seq_lengths",), "it is always true: each micro-batch has its own length"),
     (("grad_reduce_in_fp32",), "it is always true"),
@@ -178,7 +192,10 @@ def _reason(model: str, name: str, accepted: Sequence[str]) -> str:
     if name in STUDENT:
         does = "only scores" if model == "teacher" else "only generates here"
         return f"it is for training, and the {model} {does}"
-    return f"it would have no effect, or change the model; {', '.join(accepted)} can be"
+    return (
+        "it has no effect on these models, changes what they compute, or was not tried with them; "
+        f"{', '.join(accepted)} can be given"
+    )
 
 
 def _check_effects(config: TrainConfig) -> None:
@@ -229,7 +246,13 @@ def _check_recompute(given: Mapping[str, Any], parallel: ParallelConfig) -> None
                 f"student.megatron.{name} has no effect with "
                 f"student.megatron.recompute_granularity = {granularity!r}: leave it out"
             )
-    for module in given.get("recompute_modules") or ():
+    modules = given.get("recompute_modules")
+    if modules is not None and len(set(modules)) != max(len(modules), 1):
+        raise ConfigError(
+            f"student.megatron.recompute_modules = {modules!r} must name at least one module, and "
+            "each once: the default is ['core_attn']"
+        )
+    for module in modules or ():
         if module not in RECOMPUTED_MODULES:
             known = listed(repr(known) for known in RECOMPUTED_MODULES)
             raise ConfigError(

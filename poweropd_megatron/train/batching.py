@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from poweropd_megatron.config.schema import TrainConfig
 from poweropd_megatron.parallel.layout import Layout
 from poweropd_megatron.parallel.world import own_rows
 from poweropd_megatron.train.packing import Packs, plan_packs
@@ -15,7 +16,8 @@ class Batching:
 
     length_multiple: what the positions of a row must be a multiple of; cp_size: ranks that share
     each sequence, for which a packed one is padded to a multiple of twice that.
-    num_microbatches_multiple: what each rank's number of micro-batches must be a multiple of.
+    group_size, num_stages: of Megatron's interleaved schedule, which takes micro-batches in groups
+    of group_size, the last one at least as many as stages; 1 and 1 for any other schedule.
     """
 
     micro_batch_size: int
@@ -23,7 +25,8 @@ class Batching:
     dp_size: int
     length_multiple: int
     cp_size: int = 1
-    num_microbatches_multiple: int = 1
+    group_size: int = 1
+    num_stages: int = 1
 
     @classmethod
     def of(
@@ -32,7 +35,8 @@ class Batching:
         *,
         micro_batch_size: int,
         max_tokens_per_microbatch: int | None,
-        num_microbatches_multiple: int = 1,
+        group_size: int = 1,
+        num_stages: int = 1,
     ) -> "Batching":
         """Return how the settings cut a batch in a layout.
 
@@ -48,7 +52,27 @@ class Batching:
             dp_size=layout.dp_size,
             length_multiple=of_rank * layout.cp_size,
             cp_size=layout.cp_size,
-            num_microbatches_multiple=num_microbatches_multiple,
+            group_size=group_size,
+            num_stages=num_stages,
+        )
+
+    @classmethod
+    def of_student(cls, layout: Layout, config: TrainConfig) -> "Batching":
+        """Return how a run's batch is cut for training.
+
+        It is the same on ranks that hold no part of the student: they plan with the others.
+        """
+        parallel, given = config.student.parallel, config.student.megatron
+        num_stages = group_size = 1
+        if parallel.virtual_pipeline_model_parallel_size is not None:
+            num_stages = parallel.pipeline_model_parallel_size
+            group_size = given.get("microbatch_group_size_per_vp_stage") or num_stages
+        return cls.of(
+            layout,
+            micro_batch_size=config.micro_batch_size,
+            max_tokens_per_microbatch=config.max_tokens_per_microbatch,
+            group_size=group_size,
+            num_stages=num_stages,
         )
 
     @property
@@ -70,7 +94,7 @@ class Batching:
             [self.padded_length(length) for length in lengths],
             max_tokens=max(budget, 1),
             num_ranks=self.dp_size,
-            num_packs_multiple=self.num_microbatches_multiple,
+            round_up=self.scheduled,
         )
 
     def _plan_padded(self, lengths: Sequence[int]) -> list[Packs]:
@@ -80,9 +104,14 @@ class Batching:
             rows.sort(key=lambda row: -lengths[row])
             starts = range(0, len(rows), self.micro_batch_size)
             plan.append([rows[start : start + self.micro_batch_size] for start in starts])
-        multiple = self.num_microbatches_multiple
-        most = -(-max(map(len, plan)) // multiple) * multiple
+        most = self.scheduled(max(map(len, plan)))
         return [packs + [[] for _ in range(most - len(packs))] for packs in plan]
+
+    def scheduled(self, count: int) -> int:
+        """Return the smallest number of micro-batches, from this one, that the schedule takes."""
+        count = max(count, self.group_size)
+        last = count % self.group_size
+        return count + self.num_stages - last if 0 < last < self.num_stages else count
 
     def padded_length(self, length: int) -> int:
         """Return the positions that a packed sequence takes."""

@@ -4,22 +4,28 @@ Every rank plans for all ranks from the lengths alone, so nothing has to be exch
 """
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 Packs = list[list[int]]
 """The micro-batches of a rank, each the numbers of its sequences."""
 
 
 def plan_packs(
-    lengths: Sequence[int], *, max_tokens: int, num_ranks: int, num_packs_multiple: int = 1
+    lengths: Sequence[int],
+    *,
+    max_tokens: int,
+    num_ranks: int,
+    round_up: Callable[[int], int] = lambda count: count,
 ) -> list[Packs]:
     """Return for each rank its micro-batches, each a list of numbers of sequences.
 
+    round_up: returns the next number of micro-batches that a rank's schedule takes.
+
     Invariants:
     - each sequence is in exactly one micro-batch;
-    - every rank has the same number of micro-batches, a multiple of num_packs_multiple (pipelines
-      with virtual stages need one of the pipeline's size). They are smaller where that rounds their
-      number up; some are empty where there are fewer sequences than micro-batches;
+    - every rank has the same number of micro-batches, one that round_up returns. They are smaller
+      where it returns more than was asked for; some are empty where there are fewer sequences than
+      micro-batches;
     - a micro-batch has at most max_tokens tokens, unless it is one longer sequence;
     - the tokens of two micro-batches differ by at most the longest sequence, and so do those of two
       ranks: no rank has twice the tokens that the busiest rank of the best plan has;
@@ -36,20 +42,25 @@ def plan_packs(
     micro-batches as that rule can do with.
     Cost: O(n log n) for each number of micro-batches that is tried: mostly one or two.
     """
-    if min(*lengths, max_tokens, num_ranks, num_packs_multiple) < 1:
-        raise ValueError("lengths, max_tokens, num_ranks and num_packs_multiple must be at least 1")
+    if min(*lengths, max_tokens, num_ranks) < 1:
+        raise ValueError("lengths, max_tokens and num_ranks must be at least 1")
     if not lengths:
         return [[] for _ in range(num_ranks)]
-    step = num_ranks * num_packs_multiple
     longest_first = sorted(range(len(lengths)), key=lambda number: (-lengths[number], number))
-    packs = _fewest_packs(lengths, longest_first, max_tokens, step)
-    return _deal(packs, lengths, num_ranks)
+
+    def fill(count: int) -> Packs | None:
+        return _fill(round_up(count) * num_ranks, lengths, longest_first, max_tokens)
+
+    return _deal(_fewest_packs(lengths, max_tokens, num_ranks, fill), lengths, num_ranks)
 
 
 def _fewest_packs(
-    lengths: Sequence[int], longest_first: list[int], max_tokens: int, step: int
+    lengths: Sequence[int],
+    max_tokens: int,
+    num_ranks: int,
+    fill: Callable[[int], Packs | None],
 ) -> Packs:
-    """Return about the fewest packs that _fill can do with, a multiple of step.
+    """Return about the fewest packs that `fill` can do with; it is given their number on a rank.
 
     Sequences above half the budget can't share a pack, and _fill succeeds with a pack for each of
     them if that is also twice as many as there are budgets of tokens. From the lower bound, more
@@ -59,16 +70,16 @@ def _fewest_packs(
     oversized = sum(length > max_tokens for length in lengths)
     tokens = sum(length for length in lengths if length <= max_tokens)
     at_least = max(alone, oversized + (-(-tokens // max_tokens) if tokens else 0))
-    too_few = -(-at_least // step) - 1
+    too_few = -(-at_least // num_ranks) - 1
     added = 1
-    packs = _fill((too_few + added) * step, lengths, longest_first, max_tokens)
+    packs = fill(too_few + added)
     while packs is None:
         too_few, added = too_few + added, 2 * added
-        packs = _fill((too_few + added) * step, lengths, longest_first, max_tokens)
+        packs = fill(too_few + added)
     enough = too_few + added
     while enough - too_few > 1:
         middle = (too_few + enough) // 2
-        fewer = _fill(middle * step, lengths, longest_first, max_tokens)
+        fewer = fill(middle)
         if fewer is None:
             too_few = middle
         else:

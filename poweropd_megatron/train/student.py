@@ -77,14 +77,7 @@ class Student:
             setting="student.path",
             megatron=config.student.megatron,
         )
-        self.batching = Batching.of(
-            layout,
-            micro_batch_size=config.micro_batch_size,
-            max_tokens_per_microbatch=config.max_tokens_per_microbatch,
-            num_microbatches_multiple=self.chunks[0].config.microbatch_group_size_per_vp_stage
-            if len(self.chunks) > 1
-            else 1,
-        )
+        self.batching = Batching.of_student(layout, config)
         self._ddps: list[DistributedDataParallel] = []
         if layout.holds_model:
             self._ddps = wrap(self.chunks, config)

@@ -67,9 +67,17 @@ class Handed:
         )
 
     def of(self, micro_batch: MicroBatch) -> Tensor:
-        """Return the states of a micro-batch's tokens, [N, G], in their order there."""
+        """Return the states of a micro-batch's tokens, [N, G], in their order there.
+
+        Raises: RuntimeError if they are not those that were handed over.
+        """
         places = micro_batch.target_RS[micro_batch.mask_RS]
-        return self.hidden_NG[torch.searchsorted(self.place_N, places)]
+        found = torch.searchsorted(self.place_N, places)
+        if len(places) and (
+            int(found.max()) == len(self.place_N) or not torch.equal(self.place_N[found], places)
+        ):
+            raise RuntimeError("the teacher's states are of other tokens than the micro-batch")
+        return self.hidden_NG[found]
 
 
 def copies_of_tokens(trajectories: Trajectories, mask_BT: Tensor, batching: Batching) -> Tensor:

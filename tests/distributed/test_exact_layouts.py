@@ -40,6 +40,18 @@ CASES: list[tuple[Row, str, Sequence[ObjectiveKind]]] = [
         TWO,
     ),
     (row("CP2+1", 3, parallel(context=2), parallel(), teacher_ranks=1), "untied", TWO),
+    (
+        row(
+            "PP2xVPP2xDP2+1-packed",
+            5,
+            parallel(1, 2, virtual=2),
+            parallel(),
+            max_tokens_per_microbatch=4096,
+            teacher_ranks=1,
+        ),
+        "untied",
+        TWO,
+    ),
     (row("TP2xPP2, DP4 teacher", 4, parallel(2, 2), parallel()), "untied", KINDS),
     (row("EP2, TP2 teacher", 2, parallel(expert=2), parallel(2)), "experts", TWO),
     (

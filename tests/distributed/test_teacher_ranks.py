@@ -82,6 +82,7 @@ def score_on_ranks(
     """
     models = build_models(layout, student_folder, teacher_folder, "fp32", OptimizerConfig(lr=1e-3))
     teacher, trajectories, labels = models.teacher, models.trajectories, models.labels
+    assert not any(x.requires_grad for chunk in teacher.chunks for x in chunk.parameters())
     whole, again = (teacher.score(trajectories, labels) for _ in range(2))
     parts = []
     for rows in (slice(0, 2), slice(2, 3), slice(3, 5)):

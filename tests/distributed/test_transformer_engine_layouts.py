@@ -18,9 +18,12 @@ from support.rank_pool import RankPool
 from support.transformer_engine import TEDotProductAttention
 from training import OPTIMIZER, Measured, Row, build_models, update_on_ranks
 
+from poweropd_megatron.config.schema import TeacherConfig
+from poweropd_megatron.models.families import read_model_config
 from poweropd_megatron.models.layers import SDPACoreAttention
 from poweropd_megatron.models.transformer_engine import TECoreAttention
 from poweropd_megatron.parallel import cpu_device
+from poweropd_megatron.train.teacher import Teacher
 
 TOLERANCE = 1e-5
 ROWS = [
@@ -97,19 +100,33 @@ def test_whole_sequences_of_a_rank_are_not_taken_for_slices(ranks: RankPool) -> 
     assert ranks.run(attend_to_whole_rows, world_size=2) == [(True, [])] * 2
 
 
-def exchanges_of(layout: Row, student: str, teacher: str) -> set[str | None]:
-    """Return the cp_comm_type of every layer of the student's."""
+def exchanges_of(exchange: str | None, student: str, teacher: str) -> list[set[str | None]]:
+    """Return the cp_comm_type of every layer of the student's, and of the teacher's."""
     transformer_engine.install()
-    models = build_models(layout, student, teacher, "fp32", OPTIMIZER)
-    layers = [layer for chunk in models.student.chunks for layer in chunk.decoder.layers]
-    return {layer.self_attention.core_attention.engine.cp_comm_type for layer in layers}
+    given = {} if exchange is None else {"cp_comm_type": exchange}
+    models = build_models(
+        row("CP2", 2, parallel(context=2), **given), student, teacher, "fp32", OPTIMIZER
+    )
+    frozen = Teacher(
+        TeacherConfig(path=teacher, dtype="fp32", parallel=parallel(context=2), megatron=given),
+        read_model_config(teacher, setting="teacher.path"),
+        models.student.layout,
+        logits_dtype="fp32",
+    )
+    return [
+        {
+            layer.self_attention.core_attention.engine.cp_comm_type
+            for chunk in model.chunks
+            for layer in chunk.decoder.layers
+        }
+        for model in (models.student, frozen)
+    ]
 
 
 @pytest.mark.parametrize("exchange", [None, "a2a"])
 def test_each_layer_is_told_how_to_exchange_slices(
     exchange: str | None, folders: dict[str, str], ranks: RankPool
 ) -> None:
-    given = {} if exchange is None else {"cp_comm_type": exchange}
-    layout = row("CP2", 2, parallel(context=2), **given)
     folder = folders["student-untied"], folders["teacher-untied"]
-    assert ranks.run(exchanges_of, layout, *folder, world_size=2) == [{exchange}] * 2
+    found = ranks.run(exchanges_of, exchange, *folder, world_size=2)
+    assert found == [[{exchange}, {exchange}]] * 2

@@ -28,6 +28,7 @@ def test_compiled_kernels_and_plain_torch_give_the_same_metrics(tmp_path: Path) 
     for kernels, line in said.items():
         ended = run(tmp_path / f"run-{kernels}", kernels).expect(0)
         assert line in ended.stdout
+        assert "attention: torch's, for Transformer Engine " in ended.stdout
         assert line in (tmp_path / f"run-{kernels}" / "train.log").read_text()
     ours, torchs = (metrics(tmp_path / f"run-{kernels}") for kernels in said)
     assert [record["step"] for record in ours] == [0, 1, 2, 3]

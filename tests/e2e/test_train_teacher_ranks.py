@@ -1,9 +1,11 @@
 """Runs whose teacher has ranks of its own: four ranks, two for each model."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from support.cli_run import Ended, metrics, records, rewound, settings, steps_recorded, train
+from support.cli_run import REPO, Ended, metrics, records, rewound, settings, steps_recorded, train
 from support.run_comparison import assert_bitwise_the_same, assert_the_same_up_to_rounding
 
 from poweropd_megatron.checkpoint.store import CheckpointStore, verify
@@ -72,3 +74,30 @@ def test_a_teacher_that_leaves_the_device_changes_no_bit(one, tmp_path):
         assert record["memory/teacher_offloaded_bytes"] > 100_000
         assert record["time/teacher_load_seconds"] > 0
     assert metrics(folder)
+
+
+CHANGES_A_WEIGHT = """
+import sys
+from poweropd_megatron.cli.main import main
+from poweropd_megatron.train.teacher import Teacher
+
+score = Teacher.score_own
+
+def score_and_change_a_weight(self, *batch):
+    found = score(self, *batch)
+    next(self.chunks[-1].parameters()).data.view(-1)[0] += 1
+    return found
+
+Teacher.score_own = score_and_change_a_weight
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_run_whose_teachers_weights_change_says_so_at_its_end(tmp_path):
+    changes = ("--data.eval_files=[]", "--eval.interval=0")
+    arguments = settings(tmp_path / "run", *changes, steps=3)
+    command = [sys.executable, "-c", CHANGES_A_WEIGHT, "train", *arguments]
+    ended = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=False)
+    assert ended.returncode == 1
+    assert "the teacher's weights have changed during the run" in ended.stderr
+    assert steps_recorded(tmp_path / "run") == [0, 1, 2, 3]

@@ -81,10 +81,27 @@ def test_a_kernel_of_transformer_engines_needs_it(backend: str) -> None:
 @pytest.mark.usefixtures("installed")
 def test_a_kernel_of_transformer_engines_is_for_bf16() -> None:
     config = config_with(*both("fused"))
-    config.teacher.dtype = "fp32"
+    config.student.dtype = config.teacher.dtype = "fp32"
     message = message_of(config)
-    assert message.startswith("teacher.megatron.attention_backend = 'fused' names a kernel")
+    assert message.startswith("student.megatron.attention_backend = 'fused' names a kernel")
     assert "for bf16, not fp32" in message
+
+
+@pytest.mark.usefixtures("installed")
+@pytest.mark.parametrize("name", ["student", "teacher"])
+def test_a_model_in_fp32_shares_the_backend_of_the_other_in_its_processes(name: str) -> None:
+    config = config_with(*both("fused"))
+    getattr(config, name).dtype = "fp32"
+    check_megatron_settings(config)
+    getattr(config, name).megatron = {}
+    assert "so give both models the same" in message_of(config)
+
+
+@pytest.mark.usefixtures("installed")
+def test_models_in_processes_of_their_own_have_backends_of_their_own() -> None:
+    config = config_with({"attention_backend": "fused"})
+    config.teacher.num_ranks = 1
+    check_megatron_settings(config)
 
 
 @pytest.mark.usefixtures("installed")

@@ -67,3 +67,10 @@ def test_the_feed_forward_size_must_divide_too():
     ):
         check_model_layout("teacher", parallel, {}, **{**SHAPE, "ffn_hidden_size": 6145})
     check_model_layout("teacher", parallel, {}, **SHAPE)
+
+
+def test_ranks_that_exchange_sequences_for_heads_must_divide_the_models_heads():
+    parallel = ParallelConfig(tensor_model_parallel_size=4, context_parallel_size=4)
+    check_model_layout("teacher", parallel, {"cp_comm_type": "p2p"}, **SHAPE)
+    with pytest.raises(ConfigError, match="the 4 query heads and the 2 key-value heads"):
+        check_model_layout("teacher", parallel, {"cp_comm_type": "a2a"}, **SHAPE)

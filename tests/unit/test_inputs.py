@@ -280,6 +280,17 @@ def test_a_megatron_setting_is_refused_before_a_model_is_looked_at(config: Train
     refused(config, ConfigError, "student.megatron.recompute_granularty", "recompute_granularity")
 
 
+def test_switches_of_transformer_engines_are_compared_with_the_backend_that_is_asked_for(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN"):
+        monkeypatch.setenv(name, "0")
+    refused(config, ConfigError, "NVTE_FLASH_ATTN = 0", "attention_backend = 'auto' makes it 1")
+    for part in (config.student, config.teacher):
+        part.megatron = {"attention_backend": "local"}
+    read_inputs(config, world_size=1)
+
+
 def test_layers_that_do_not_come_out_even_over_chunks_are_refused(config: TrainConfig) -> None:
     config.student.parallel.pipeline_model_parallel_size = 2
     config.student.parallel.virtual_pipeline_model_parallel_size = 3

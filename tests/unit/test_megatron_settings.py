@@ -78,8 +78,12 @@ def test_what_is_accepted_is_in_megatrons_dataclasses() -> None:
         ("align_param_gather", "overlap_param_gather sets it"),
         ("tp_comm_overlap", "each micro-batch has its own length"),
         ("fp8_recipe", "Transformer Engine's layers only"),
-        ("finalize_model_grads_func", "it would have no effect, or change the model"),
-        ("window_size", "it would have no effect, or change the model"),
+        ("optimizer_cpu_offload", "checkpoints of an optimizer on the CPU"),
+        ("use_torch_optimizer_for_cpu_offload", "checkpoints of an optimizer on the CPU"),
+        ("exp_avg_dtype", "Adam's moments are always fp32"),
+        ("exp_avg_sq_dtype", "Adam's moments are always fp32"),
+        ("finalize_model_grads_func", "it has no effect on these models, changes what they"),
+        ("window_size", "it has no effect on these models, changes what they compute"),
     ],
 )
 def test_what_is_set_elsewhere_or_has_no_use_is_refused_with_the_reason(
@@ -150,6 +154,14 @@ def test_a_value_of_another_type_is_refused(name: str, value: Any, expected: str
         (
             {"recompute_granularity": "selective", "recompute_modules": ["moe_act"]},
             "recompute_modules has 'moe_act'; 'core_attn', 'mlp' or 'moe' can be",
+        ),
+        (
+            {"recompute_granularity": "selective", "recompute_modules": []},
+            "recompute_modules = [] must name at least one module, and each once",
+        ),
+        (
+            {"recompute_granularity": "selective", "recompute_modules": ["mlp", "mlp"]},
+            "must name at least one module, and each once",
         ),
         (
             FULL | {"distribute_saved_activations": True},

@@ -15,6 +15,12 @@ from poweropd_megatron.rollout.trajectories import Trajectories
 from poweropd_megatron.train.batching import Batching
 from poweropd_megatron.train.microbatches import MicroBatch, cut_batch, rows_of
 
+SCHEDULES = [
+    {"group_size": group, "num_stages": stages}
+    for group, stages in ((1, 1), (1, 1), (2, 2), (3, 2), (5, 3))
+]
+"""Without virtual stages; in groups of as many micro-batches as stages; in larger ones."""
+
 
 @st.composite
 def batches(draw: st.DrawFn) -> Trajectories:
@@ -39,7 +45,7 @@ def batchings(draw: st.DrawFn) -> Batching:
         dp_size=draw(st.integers(1, 4)),
         length_multiple=of_rank * cp_size,
         cp_size=cp_size,
-        num_microbatches_multiple=draw(st.sampled_from([1, 1, 2, 3])),
+        **draw(st.sampled_from(SCHEDULES)),
     )
 
 
@@ -159,7 +165,8 @@ def test_all_ranks_have_as_many_micro_batches_and_empty_ones_are_small_and_count
                 assert batch.token_ids_RS.shape == (1, max(batching.length_multiple, 2))
                 assert not batch.mask_RS.any()
     [count] = counts
-    assert count % batching.num_microbatches_multiple == 0
+    assert count % batching.group_size == 0 or count % batching.group_size >= batching.num_stages
+    assert count >= batching.group_size
 
 
 @given(trajectories=batches(), batching=batchings())
@@ -222,3 +229,27 @@ def test_only_sequences_beyond_the_budget_with_their_padding_are_oversized() -> 
         micro_batch_size=1, max_tokens_per_microbatch=10, dp_size=1, length_multiple=4
     )
     assert batching.oversized([7, 8, 9, 30]) == [12, 32]
+
+
+@pytest.mark.parametrize("num_stages", [1, 2, 3, 4])
+@pytest.mark.parametrize("more", [0, 1, 2, 5])
+def test_the_schedule_gets_the_fewest_micro_batches_that_megatron_takes(
+    num_stages: int, more: int
+) -> None:
+    """Source: what forward_backward_pipelining_with_interleaving of megatron.core refuses."""
+    group_size = num_stages + more if num_stages > 1 else 1
+
+    def is_taken(count: int) -> bool:
+        last = count % group_size
+        return group_size <= count and not 0 < last < num_stages
+
+    batching = Batching(
+        micro_batch_size=1,
+        max_tokens_per_microbatch=None,
+        dp_size=1,
+        length_multiple=1,
+        group_size=group_size,
+        num_stages=num_stages,
+    )
+    for count in range(1, 40):
+        assert batching.scheduled(count) == next(n for n in range(count, 80) if is_taken(n))

@@ -2,6 +2,7 @@
 
 import random
 import time
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given
@@ -17,6 +18,10 @@ RANKS = st.integers(1, 5)
 MULTIPLES = st.integers(1, 4)
 
 
+def multiples_of(step: int) -> Callable[[int], int]:
+    return lambda count: -(-count // step) * step
+
+
 def tokens(pack: list[int], lengths: list[int]) -> int:
     return sum(lengths[number] for number in pack)
 
@@ -30,7 +35,7 @@ def test_each_sequence_is_in_one_micro_batch_and_ranks_have_as_many_micro_batche
     lengths: list[int], max_tokens: int, num_ranks: int, multiple: int
 ) -> None:
     plan = plan_packs(
-        lengths, max_tokens=max_tokens, num_ranks=num_ranks, num_packs_multiple=multiple
+        lengths, max_tokens=max_tokens, num_ranks=num_ranks, round_up=multiples_of(multiple)
     )
     placed = [number for packs in plan for pack in packs for number in pack]
     assert sorted(placed) == list(range(len(lengths)))
@@ -45,7 +50,7 @@ def test_the_budget_is_kept_but_for_a_single_longer_sequence(
     lengths: list[int], max_tokens: int, num_ranks: int, multiple: int
 ) -> None:
     plan = plan_packs(
-        lengths, max_tokens=max_tokens, num_ranks=num_ranks, num_packs_multiple=multiple
+        lengths, max_tokens=max_tokens, num_ranks=num_ranks, round_up=multiples_of(multiple)
     )
     for packs in plan:
         for pack in packs:
@@ -64,17 +69,15 @@ def test_a_budget_that_the_micro_batches_just_hold_is_not_exceeded_by_a_token() 
         assert max(tokens(pack, lengths) for pack in packs) <= max_tokens
 
 
-@given(
-    lengths=LENGTHS.filter(bool), max_tokens=BUDGETS, num_ranks=RANKS, num_packs_multiple=MULTIPLES
-)
+@given(lengths=LENGTHS.filter(bool), max_tokens=BUDGETS, num_ranks=RANKS, multiple=MULTIPLES)
 def test_micro_batches_and_ranks_differ_by_at_most_the_longest_sequence(
-    lengths: list[int], max_tokens: int, num_ranks: int, num_packs_multiple: int
+    lengths: list[int], max_tokens: int, num_ranks: int, multiple: int
 ) -> None:
     plan = plan_packs(
         lengths,
         max_tokens=max_tokens,
         num_ranks=num_ranks,
-        num_packs_multiple=num_packs_multiple,
+        round_up=multiples_of(multiple),
     )
     of_packs = [[tokens(pack, lengths) for pack in packs] for packs in plan]
     of_ranks = [sum(packs) for packs in of_packs]
@@ -90,7 +93,7 @@ def test_there_are_no_more_micro_batches_than_always_suffice(
 ) -> None:
     """One for each sequence above half the budget, or two for each budget of tokens."""
     plan = plan_packs(
-        lengths, max_tokens=max_tokens, num_ranks=num_ranks, num_packs_multiple=multiple
+        lengths, max_tokens=max_tokens, num_ranks=num_ranks, round_up=multiples_of(multiple)
     )
     oversized = [length for length in lengths if length > max_tokens]
     long = [length for length in lengths if 2 * length > max_tokens]
@@ -160,10 +163,10 @@ def test_a_hundred_thousand_sequences_take_seconds() -> None:
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"lengths": [3, 0]}, {"max_tokens": 0}, {"num_ranks": 0}, {"num_packs_multiple": 0}],
+    [{"lengths": [3, 0]}, {"max_tokens": 0}, {"num_ranks": 0}],
     ids=lambda wrong: next(iter(wrong)),
 )
 def test_numbers_below_one_are_refused(wrong: dict[str, int]) -> None:
-    arguments = {"lengths": [3, 4], "max_tokens": 8, "num_ranks": 2, "num_packs_multiple": 1}
+    arguments = {"lengths": [3, 4], "max_tokens": 8, "num_ranks": 2}
     with pytest.raises(ValueError, match="at least 1"):
         plan_packs(**{**arguments, **wrong})

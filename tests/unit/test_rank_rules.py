@@ -96,3 +96,30 @@ def test_a_teacher_on_ranks_of_its_own_has_nobody_to_make_room_for():
     config = run_on(None)
     config.teacher.offload = True
     check(config, 6)
+
+
+@pytest.mark.parametrize(
+    ("size", "top", "most"),
+    [
+        (3, {"micro_batch_size": 2}, 6),
+        (6, {"micro_batch_size": 2}, 6),
+        (7, {"micro_batch_size": 2}, 6),
+        (7, {"micro_batch_size": 2, "max_tokens_per_microbatch": 100}, 12),
+        (13, {"micro_batch_size": 2, "max_tokens_per_microbatch": 100}, 12),
+        (4, {"micro_batch_size": 2, "mini_batch_size": 12}, 3),
+    ],
+)
+def test_a_group_of_micro_batches_is_no_larger_than_a_step(size, top, most):
+    """Four ranks in two stages: two copies of the student share 24 responses, or a mini-batch."""
+    config = run_on(None, **top)
+    config.student.parallel = ParallelConfig(
+        pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2
+    )
+    config.teacher.parallel = ParallelConfig()
+    config.student.megatron = {"microbatch_group_size_per_vp_stage": size}
+    if size <= most:
+        check(config, 4)
+        return
+    message = message_of(config, 4)
+    assert f"microbatch_group_size_per_vp_stage = {size} is more than the {most} micro" in message
+    assert f"set it to at most {most}, or leave it out" in message
