@@ -1,10 +1,26 @@
 """Short ways to write a row of the table of layouts."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from training import Row
 
 from poweropd_megatron.config.schema import ParallelConfig
+
+OVERLAPPED = {"overlap_grad_reduce": True, "overlap_param_gather": True}
+
+
+class Case(NamedTuple):
+    """A row, and the kinds of models that it is tested with: those of conftest.folders."""
+
+    row: Row
+    student: str
+    teacher: str
+
+    @property
+    def name(self) -> str:
+        """Return the row's name with the models' kinds, once where they are the same."""
+        kinds = dict.fromkeys((self.student, self.teacher))
+        return "-".join((self.row.name, *kinds))
 
 
 def parallel(
@@ -52,6 +68,14 @@ def row(
         offload=offload,
         megatron=megatron,
     )
+
+
+def recompute(granularity: str, method: str, num_layers: int) -> dict[str, Any]:
+    return {
+        "recompute_granularity": granularity,
+        "recompute_method": method,
+        "recompute_num_layers": num_layers,
+    }
 
 
 ONE_PROCESS = row("one-process", 1, parallel())
