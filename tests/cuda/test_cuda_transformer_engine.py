@@ -3,7 +3,7 @@
 import pytest
 import torch
 from megatron.core.extensions import transformer_engine as megatron_te
-from megatron.core.transformer.enums import AttnBackend, AttnMaskType
+from megatron.core.transformer.enums import AttnBackend
 from support.attention_checks import (
     HEADS,
     PACKS,
@@ -14,9 +14,10 @@ from support.attention_checks import (
     random_inputs,
     values_and_gradients,
 )
+from support.transformer_engine import core_attention
 
 from poweropd_megatron.models.packed import pack_params
-from poweropd_megatron.models.transformer_engine import TECoreAttention, why_not_transformer_engine
+from poweropd_megatron.models.transformer_engine import why_not_transformer_engine
 from poweropd_megatron.parallel.layout import Layout
 
 pytestmark = [
@@ -27,18 +28,6 @@ TOLERANCE = 2e-2
 """Of the norm: one rounding of the probabilities to bf16, and one of the result."""
 
 
-def attention_of(heads: tuple[int, int], layout: Layout) -> TECoreAttention:
-    return TECoreAttention(
-        config(heads, torch.bfloat16),
-        layer_number=1,
-        attn_mask_type=AttnMaskType.causal,
-        attention_type="self",
-        cp_comm_type=None,
-        softmax_scale=None,
-        pg_collection=layout.groups,
-    )
-
-
 def test_a_bf16_model_has_transformer_engines_attention() -> None:
     assert why_not_transformer_engine(AttnBackend.auto, "bf16") is None
 
@@ -46,7 +35,9 @@ def test_a_bf16_model_has_transformer_engines_attention() -> None:
 @pytest.mark.parametrize("heads", HEADS)
 def test_rows_are_those_of_fp64(heads: str, layout: Layout) -> None:
     inputs = random_inputs((33, 3), HEADS[heads], torch.bfloat16, "cuda")
-    found = values_and_gradients(attention_of(HEADS[heads], layout), inputs)
+    found = values_and_gradients(
+        core_attention(config(HEADS[heads], torch.bfloat16), layout.groups), inputs
+    )
     assert max(errors(found, exact(inputs))) <= TOLERANCE
 
 
@@ -55,6 +46,9 @@ def test_rows_are_those_of_fp64(heads: str, layout: Layout) -> None:
 def test_packs_are_those_of_fp64(pack: str, heads: str, layout: Layout) -> None:
     lengths = PACKS[pack]
     inputs = random_inputs((sum(lengths),), HEADS[heads], torch.bfloat16, "cuda")
-    attention, packed = attention_of(HEADS[heads], layout), pack_params(lengths)
+    attention, packed = (
+        core_attention(config(HEADS[heads], torch.bfloat16), layout.groups),
+        pack_params(lengths),
+    )
     found = values_and_gradients(lambda *x: attention(*x, packed_seq_params=packed), inputs)
     assert max(errors(found, exact_packed(inputs, lengths))) <= TOLERANCE

@@ -10,18 +10,16 @@ import torch
 import torch.distributed as dist
 from comparison import error, largest_error
 from layout_rows import ONE_PROCESS, parallel, row
-from megatron.core.transformer.enums import AttnMaskType
 from plain_training import update_in_plain_torch
 from support import transformer_engine
 from support.attention_checks import config, random_inputs
 from support.rank_pool import RankPool
-from support.transformer_engine import TEDotProductAttention
+from support.transformer_engine import TEDotProductAttention, core_attention
 from training import OPTIMIZER, Measured, Row, build_models, update_on_ranks
 
 from poweropd_megatron.config.schema import TeacherConfig
 from poweropd_megatron.models.families import read_model_config
 from poweropd_megatron.models.layers import SDPACoreAttention
-from poweropd_megatron.models.transformer_engine import TECoreAttention
 from poweropd_megatron.parallel import cpu_device
 from poweropd_megatron.train.teacher import Teacher
 
@@ -82,14 +80,7 @@ def attend_to_whole_rows() -> tuple[bool, list[str]]:
     model = config((4, 2))
     model.context_parallel_size = 2
     alone = [dist.new_group([rank]) for rank in range(2)][dist.get_rank()]
-    attention = TECoreAttention(
-        model,
-        layer_number=1,
-        attn_mask_type=AttnMaskType.causal,
-        attention_type="self",
-        cp_comm_type=None,
-        pg_collection=SimpleNamespace(cp=dist.group.WORLD, tp=alone),
-    )
+    attention = core_attention(model, SimpleNamespace(cp=dist.group.WORLD, tp=alone))
     attention.is_sliced = False
     rows = random_inputs((6, 2 + dist.get_rank()), (4, 2), torch.float32)
     same = torch.equal(attention(*rows), SDPACoreAttention(config((4, 2)))(*rows))

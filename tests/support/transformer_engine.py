@@ -18,6 +18,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from poweropd_megatron.models import attention_settings, build
+from poweropd_megatron.models.transformer_engine import TECoreAttention
 
 
 class TEDotProductAttention(torch.nn.Module):
@@ -127,6 +128,21 @@ def _places(lengths: list[int], rank: int, size: int) -> Tensor:
         )
         places += [(sequence, position) for position in positions]
     return torch.tensor(places)
+
+
+def core_attention(
+    config: TransformerConfig, groups: ProcessGroupCollection, softmax_scale: float | None = None
+) -> TECoreAttention:
+    """Return the attention of a layer as Megatron builds it."""
+    return TECoreAttention(
+        config,
+        layer_number=1,
+        attn_mask_type=AttnMaskType.causal,
+        attention_type="self",
+        cp_comm_type=None,
+        softmax_scale=softmax_scale,
+        pg_collection=groups,
+    )
 
 
 def install() -> None:

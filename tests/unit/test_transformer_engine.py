@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from megatron.core.extensions import transformer_engine as megatron_te
-from megatron.core.transformer.enums import AttnBackend, AttnMaskType
+from megatron.core.transformer.enums import AttnBackend
 from support.attention_checks import (
     HEADS,
     PACKS,
@@ -23,7 +23,7 @@ from support.attention_checks import (
     values_and_gradients,
 )
 from support.run_settings import small_run
-from support.transformer_engine import TEDotProductAttention
+from support.transformer_engine import TEDotProductAttention, core_attention
 
 from poweropd_megatron.config.schema import DType, ParallelConfig
 from poweropd_megatron.models import attention_settings, build
@@ -55,20 +55,6 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
 
 
-def attention_of(
-    heads: tuple[int, int], layout: Layout, softmax_scale: float | None = None
-) -> TECoreAttention:
-    return TECoreAttention(
-        config(heads),
-        layer_number=1,
-        attn_mask_type=AttnMaskType.causal,
-        attention_type="self",
-        cp_comm_type=None,
-        softmax_scale=softmax_scale,
-        pg_collection=layout.groups,
-    )
-
-
 def test_the_stand_in_has_the_arguments_of_megatrons_class() -> None:
     [theirs] = [
         node
@@ -86,7 +72,7 @@ def test_rows_are_attended_to_by_transformer_engine(
     heads: str, layout: Layout, engine: list[str]
 ) -> None:
     inputs = random_inputs((33, 3), HEADS[heads], torch.float32)
-    found = values_and_gradients(attention_of(HEADS[heads], layout), inputs)
+    found = values_and_gradients(core_attention(config(HEADS[heads]), layout.groups), inputs)
     assert engine == ["sbhd"]
     assert max(errors(found, exact(inputs))) <= 1e-6
 
@@ -98,7 +84,7 @@ def test_packs_are_attended_to_by_transformer_engine(
 ) -> None:
     lengths = PACKS[pack]
     inputs = random_inputs((sum(lengths),), HEADS[heads], torch.float32)
-    attention, packed = attention_of(HEADS[heads], layout), pack_params(lengths)
+    attention, packed = core_attention(config(HEADS[heads]), layout.groups), pack_params(lengths)
     found = values_and_gradients(lambda *x: attention(*x, packed_seq_params=packed), inputs)
     assert engine == ["thd"]
     assert max(errors(found, exact_packed(inputs, lengths))) <= 1e-6
@@ -108,13 +94,15 @@ def test_packs_are_attended_to_by_transformer_engine(
 @pytest.mark.usefixtures("engine")
 def test_the_scale_of_scores_is_handed_over(layout: Layout) -> None:
     inputs = random_inputs((9, 2), (4, 2), torch.float32)
-    found = values_and_gradients(attention_of((4, 2), layout, softmax_scale=0.3), inputs)
+    found = values_and_gradients(
+        core_attention(config((4, 2)), layout.groups, softmax_scale=0.3), inputs
+    )
     torchs = SDPACoreAttention(config((4, 2)), softmax_scale=0.3)
     assert max(errors(found, values_and_gradients(torchs, inputs))) <= 1e-6
 
 
 def test_a_rollout_is_attended_to_by_torch(layout: Layout, engine: list[str]) -> None:
-    attention = attention_of((4, 2), layout)
+    attention = core_attention(config((4, 2)), layout.groups)
     prompts, token = (random_inputs((length, 2), (4, 2), torch.float32) for length in (5, 1))
     found = []
     for module in (attention, SDPACoreAttention(config((4, 2)))):
