@@ -53,7 +53,8 @@ def read_inputs(config: TrainConfig, *, world_size: int) -> RunInputs:
         from poweropd_megatron.models.megatron_settings import check_megatron_settings
 
         check_megatron_settings(config)
-    check_kernels(config.student.megatron.get("attention_backend", "auto"))
+    for part in (config.student, config.teacher):
+        check_kernels(part.megatron.get("attention_backend", "auto"))
     student = read_model("student", config.student)
     teacher = read_model("teacher", config.teacher)
     check_other_files(Path(config.student.path), setting="student.path")

@@ -286,9 +286,11 @@ def test_switches_of_transformer_engines_are_compared_with_the_backend_that_is_a
     for name in ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN"):
         monkeypatch.setenv(name, "0")
     refused(config, ConfigError, "NVTE_FLASH_ATTN = 0", "attention_backend = 'auto' makes it 1")
-    for part in (config.student, config.teacher):
-        part.megatron = {"attention_backend": "local"}
-    read_inputs(config, world_size=1)
+    config.teacher.num_ranks = 1
+    config.student.megatron = {"attention_backend": "local"}
+    refused(config, ConfigError, "attention_backend = 'auto' makes it 1", world_size=2)
+    config.teacher.megatron = {"attention_backend": "local"}
+    read_inputs(config, world_size=2)
 
 
 def test_layers_that_do_not_come_out_even_over_chunks_are_refused(config: TrainConfig) -> None:
