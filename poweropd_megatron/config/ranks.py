@@ -36,6 +36,7 @@ def check_ranks(config: TrainConfig, world_size: int) -> None:
     _check_fit("student", config, world_size)
     _check_fit("teacher", config, world_size)
     _check_batch(config, len(student_ranks(config, world_size)))
+    _check_group_size(config, len(student_ranks(config, world_size)))
 
 
 def check_fit(
@@ -109,7 +110,6 @@ def _check_batch(config: TrainConfig, num_ranks: int) -> None:
     batch, micro = getattr(config, name), config.micro_batch_size
     data_parallel = num_ranks // config.student.parallel.model_parallel_size
     own = config.teacher.num_ranks
-    _check_group_size(config, batch, data_parallel)
     ranks = f"{num_ranks} ranks" + (f" beside teacher.num_ranks = {own}" if own else "")
     ranks += f" / {config.student.parallel.model_parallel_size} model-parallel"
     if config.max_tokens_per_microbatch is not None:
@@ -131,15 +131,17 @@ def _check_batch(config: TrainConfig, num_ranks: int) -> None:
         )
 
 
-def _check_group_size(config: TrainConfig, batch: int, data_parallel: int) -> None:
+def _check_group_size(config: TrainConfig, num_ranks: int) -> None:
     """Refuse groups that a step doesn't fill: the rest would be micro-batches of padding."""
     size = config.student.megatron.get("microbatch_group_size_per_vp_stage")
+    batch = config.mini_batch_size or config.global_batch_size
+    data_parallel = num_ranks // config.student.parallel.model_parallel_size
     most = batch // data_parallel
     per = "of a sequence each"
     if config.max_tokens_per_microbatch is None:
         most //= config.micro_batch_size
         per = f"with micro_batch_size = {config.micro_batch_size}"
-    if isinstance(size, int) and size > max(most, 1):
+    if isinstance(size, int) and size > most:
         raise ConfigError(
             f"student.megatron.microbatch_group_size_per_vp_stage = {size} is more than the {most} "
             f"micro-batches of a rank's step ({batch} responses over a data-parallel size of "
